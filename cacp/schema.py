@@ -1,0 +1,311 @@
+"""The data that modules hand to each other: frozen, comparable, JSON both ways.
+
+Vocabulary: a *group* is a set of tensors' channel axes that must shrink together; a *policy* says which channels of
+every prunable group stay; a *budget* is the set of targets (kept fractions of a dense cost) that one policy must meet;
+a *score* is what the evaluation of a policy returns.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+COSTS = ("macs", "params")
+TARGET_TOLERANCE = 0.005  # a policy uses a target up when its cost lies in [target - tolerance, target] of the dense cost
+
+
+class UserError(ValueError):
+    """A mistake of the caller's; the message names the parameter, the rule, the received value and the remedy."""
+
+
+class Normalisation(NamedTuple):
+    """Per-channel mean and standard deviation of images in [0, 1] that a model's weights expect."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+class Cost(NamedTuple):
+    """Multiply-accumulates of conv and linear layers for one image, and the number of parameters."""
+
+    macs: int
+    params: int
+
+
+class Score(NamedTuple):
+    """Evaluation of a policy: top1 in [0, 1], mean cross-entropy loss in nats, cost of the sliced model."""
+
+    top1: float
+    loss: float
+    cost: Cost
+
+
+class Axis(NamedTuple):
+    """One channel axis of one module, described by the groups that it is made of, in channel order.
+
+    `role` is "out" (a layer's outputs), "in" (its inputs) or "features" (batch norm and other per-channel modules,
+    depthwise convolutions). Every channel of `segments` covers `repeat` consecutive entries of the axis (a flattened
+    feature map has height x width entries a channel).
+    """
+
+    module: str
+    role: str
+    segments: tuple[str, ...]
+    repeat: int = 1
+
+
+class Layer(NamedTuple):
+    """What the cost of one module is made of.
+
+    macs = macs_per_pair * n_in * n_out and params = params_per_pair * n_in * n_out + params_per_out * n_out, where
+    n_in and n_out are the kept entries of its axes; a per-channel module (batch norm, depthwise conv) has no `n_in`:
+    its `inputs` is None and n_in counts as 1.
+    """
+
+    module: str
+    kind: str
+    inputs: Axis | None
+    outputs: Axis
+    macs_per_pair: int
+    params_per_pair: int
+    params_per_out: int
+    height: int  # of the output feature map, pixels
+    width: int
+    kernel: int
+    stride: int
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Channels that must shrink together, named after the first layer that produces them.
+
+    `fixed_reason` says why the group stays whole (empty for a prunable group).
+    """
+
+    name: str
+    channels: int
+    producers: tuple[str, ...]
+    consumers: tuple[str, ...]
+    min_keep: int = 1
+    fixed_reason: str = ""
+
+    @property
+    def prunable(self) -> bool:
+        return not self.fixed_reason
+
+
+@dataclass(frozen=True)
+class ChannelGroups(Sequence[ChannelGroup]):
+    """All groups of a model in forward order, with the axes that slicing cuts and the layers that cost counts.
+
+    `unknown` names operators that tracing did not know, each with the place where it stands; the groups they touch
+    are whole.
+    """
+
+    groups: tuple[ChannelGroup, ...]
+    axes: tuple[Axis, ...]
+    layers: tuple[Layer, ...]
+    fixed_params: int  # parameters outside conv, linear and batch norm
+    unknown: tuple[str, ...] = ()
+    _by_name: dict[str, ChannelGroup] = field(init=False, repr=False, compare=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._by_name.update({group.name: group for group in self.groups})
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __iter__(self) -> Iterator[ChannelGroup]:
+        return iter(self.groups)
+
+    def __getitem__(self, key: Any) -> Any:
+        """A group by position or by name."""
+        return self._by_name[key] if isinstance(key, str) else self.groups[key]
+
+    @property
+    def prunable(self) -> tuple[ChannelGroup, ...]:
+        return tuple(group for group in self.groups if group.prunable)
+
+    def __str__(self) -> str:
+        rows = [("group", "channels", "min", "producers", "consumers", "prunable")]
+        for group in self.groups:
+            rows.append(
+                (
+                    group.name,
+                    str(group.channels),
+                    str(group.min_keep),
+                    _shortened(group.producers),
+                    _shortened(group.consumers),
+                    "yes" if group.prunable else f"no: {group.fixed_reason}",
+                )
+            )
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([*lines, *(f"not known, kept whole: {name}" for name in self.unknown)])
+
+
+def _shortened(names: Sequence[str], most: int = 2) -> str:
+    shown = ", ".join(names[:most])
+    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The targets that one policy must meet together: cost name -> kept fraction of the dense cost, in (0, 1].
+
+    Raises:
+        UserError: for an unknown cost, a target outside (0, 1], or no target at all.
+
+    >>> Budget({"macs": 0.5}).name
+    'macs-0.50'
+    """
+
+    targets: Mapping[str, float]
+
+    def __post_init__(self) -> None:
+        wrong = [
+            f"{cost}={target!r}"
+            for cost, target in self.targets.items()
+            if cost not in COSTS or isinstance(target, bool) or not _is_fraction(target)
+        ]
+        if wrong or not self.targets:
+            raise UserError(
+                f"a budget maps {' or '.join(COSTS)} to the kept fraction of the dense cost, in (0, 1], "
+                f"but got {', '.join(wrong) or 'no target'}; macs 0.5 keeps at most half of the MACs"
+            )
+
+    @property
+    def name(self) -> str:
+        """Folder-safe name: two decimals, more where needed."""
+        return "_".join(f"{cost}-{_decimals(target)}" for cost, target in self.targets.items())
+
+
+def _is_fraction(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value) and 0 < value <= 1
+
+
+def _decimals(target: float) -> str:
+    short = f"{target:.2f}"
+    return short if math.isclose(float(short), target, abs_tol=1e-9) else f"{target:.6f}".rstrip("0")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """For every prunable group the sorted indices of the channels that stay, and the criterion that ranked them."""
+
+    keep: Mapping[str, tuple[int, ...]]
+    criterion: str
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {name: len(indices) for name, indices in self.keep.items()}
+
+    def validate(self, groups: ChannelGroups) -> None:
+        """Check the policy against the groups of a model.
+
+        Raises:
+            UserError: listing every group that is missing, unknown, empty, unsorted, duplicated or out of range.
+        """
+        prunable = {group.name: group.channels for group in groups.prunable}
+        wrong = [f"{name}: missing" for name in prunable if name not in self.keep]
+        wrong += [f"{name}: not a prunable group" for name in self.keep if name not in prunable]
+        for name, indices in self.keep.items():
+            if name in prunable and not _is_sorted_subset(indices, prunable[name]):
+                wrong.append(
+                    f"{name}: indices must be sorted, different and in [0, {prunable[name]}), got {indices!r:.80}"
+                )
+        if wrong:
+            raise UserError("the policy does not fit the model:\n  " + "\n  ".join(wrong))
+
+
+def _is_sorted_subset(indices: Sequence[int], channels: int) -> bool:
+    whole = all(isinstance(index, int) and not isinstance(index, bool) for index in indices)
+    return (
+        bool(indices)
+        and whole
+        and 0 <= indices[0]
+        and indices[-1] < channels
+        and all(a < b for a, b in zip(indices, indices[1:], strict=False))
+    )
+
+
+@dataclass(frozen=True)
+class PolicyRecord:
+    """A policy file: the policy, the budget it was found for, its score, and where it came from.
+
+    `score` was measured in fp32 on the second half of the validation images; `search_score` on the first.
+    """
+
+    policy: Policy
+    budget: Budget
+    score: Score
+    search_score: Score
+    method: str  # the agent or method that found it
+    episode: int  # 0 for a method without episodes
+    scope: str = "inner"
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "budget": dict(self.budget.targets),
+            "method": self.method,
+            "episode": self.episode,
+            "scope": self.scope,
+            "criterion": self.policy.criterion,
+            "cost": self.score.cost._asdict(),
+            "score": {"top1": self.score.top1, "loss": self.score.loss},
+            "search_score": {"top1": self.search_score.top1, "loss": self.search_score.loss},
+            "keep_counts": self.policy.counts,
+            "keep": {name: list(indices) for name, indices in self.policy.keep.items()},
+        }
+
+    @classmethod
+    def from_json(cls, data: Any, source: str = "policy") -> PolicyRecord:
+        """Read what `to_json` wrote.
+
+        Raises:
+            UserError: naming `source` and the entry that is missing or of the wrong kind.
+        """
+        try:
+            cost = Cost(int(data["cost"]["macs"]), int(data["cost"]["params"]))
+            scores = [
+                Score(float(data[key]["top1"]), float(data[key]["loss"]), cost) for key in ("score", "search_score")
+            ]
+            keep = {str(name): tuple(indices) for name, indices in data["keep"].items()}
+            return cls(
+                policy=Policy(keep, str(data["criterion"])),
+                budget=Budget(dict(data["budget"])),
+                score=scores[0],
+                search_score=scores[1],
+                method=str(data["method"]),
+                episode=int(data["episode"]),
+                scope=str(data["scope"]),
+            )
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise UserError(
+                f"{source} is not a policy file: {type(error).__name__}: {error}; "
+                "write it again with search.py or prune.py"
+            ) from error
+
+
+def dump_json(data: Any) -> str:
+    """JSON with a trailing newline; short lists stay on one line."""
+    text = json.dumps(data, indent=2, allow_nan=False)
+    return _join_number_lists(text) + "\n"
+
+
+def _join_number_lists(text: str) -> str:
+    lines: list[str] = []
+    collecting = False
+    for line in text.split("\n"):
+        stripped = line.strip()
+        number = stripped.rstrip(",").lstrip("-").replace(".", "", 1).isdigit()
+        if collecting and (number or stripped in ("]", "],")):
+            lines[-1] += (" " if number and not lines[-1].endswith("[") else "") + stripped
+            collecting = number
+            continue
+        collecting = stripped.endswith("[")
+        lines.append(line)
+    return "\n".join(lines)
