@@ -7,6 +7,7 @@ a *score* is what the evaluation of a policy returns.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +15,9 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 COSTS = ("macs", "params")
-TARGET_TOLERANCE = 0.005  # a policy uses a target up when its cost lies in [target - tolerance, target] of the dense cost
+TARGET_TOLERANCE = (
+    0.005  # a policy uses a target up when its cost lies in [target - tolerance, target] of the dense cost
+)
 
 
 class UserError(ValueError):
@@ -226,9 +229,9 @@ def _is_sorted_subset(indices: Sequence[int], channels: int) -> bool:
     return (
         bool(indices)
         and whole
-        and 0 <= indices[0]
+        and indices[0] >= 0
         and indices[-1] < channels
-        and all(a < b for a, b in zip(indices, indices[1:], strict=False))
+        and all(a < b for a, b in itertools.pairwise(indices))
     )
 
 

@@ -1,0 +1,249 @@
+"""CACP's agent: one DDPG whose actor and critic see the target, so that one search serves every budget.
+
+Liu, Guo et al., "Conditional Automated Channel Pruning for Deep Neural Networks", IEEE SPL 2020, after AMC (He et al.,
+ECCV 2018); built on Stable-Baselines3's DDPG (Lillicrap et al., 2016). It knows nothing of networks or pruning: see
+`agents.searcher` for what it expects of an environment.
+
+Differences from the paper (old value -> new value -> why; regret: see benchmark note below)
+DIFFERENCES
+
+Logged: agent/noise (sigma of the episode), agent/actor_loss (minus the critic's value of the actor's actions, in
+standard deviations of the target's rewards), agent/critic_loss (mean squared error, in the same unit squared),
+agent/baseline_T and agent/deviation_T (moving mean and standard deviation of the rewards of target T).
+
+Shapes: B transitions of a batch, O observation entries.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import gymnasium
+import numpy as np
+import torch
+import torch.nn.functional as F
+from stable_baselines3 import DDPG
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.torch_layers import FlattenExtractor
+
+from agents.noise import NoiseSchedule, truncated_normal
+from agents.replay import EpisodeReplay, TargetBaseline
+from agents.searcher import EpisodeEnd, check_spaces
+from cacp.checkpoint import pack, unpack
+
+
+class Losses(NamedTuple):
+    """Means over the updates that followed an episode; None where there were none."""
+
+    actor: float | None = None
+    critic: float | None = None
+
+
+class Spread(FlattenExtractor):
+    """Observations from [0, 1] to [-2, 2]: targets 0.3 and 0.5 are too near for fresh layers to tell apart quickly."""
+
+    def forward(self, observations: torch.Tensor) -> torch.Tensor:
+        """(B, O) -> (B, O)."""
+        return 4 * super().forward(observations) - 2
+
+
+class ConditionalDDPG(DDPG):
+    """DDPG for episodes with one reward at the end; the interface of `agents.Searcher`.
+
+    While an episode after the last one is already reset when `on_episode` runs (SB3's vectorised environments reset at
+    once), nothing of it is played or drawn from the agent's generators.
+    """
+
+    replay_buffer: EpisodeReplay
+
+    def __init__(
+        self,
+        env: gymnasium.Env,
+        *,
+        seed: int = 0,
+        warmup_episodes: int = 100,
+        replay_transitions: int = 2700,
+        noise: NoiseSchedule | None = None,
+        actor_learning_rate: float = 1e-4,
+        critic_learning_rate: float = 1e-3,
+        batch_size: int = 64,
+        baseline_rate: float = 0.05,
+        device: str = "cpu",
+    ) -> None:
+        """Build networks, optimisers and an empty replay.
+
+        Args:
+            env: action space Box(-1, 1, (1,)), flat observations whose entry 0 is the target, one reward at the end.
+            seed: of initial weights, environment, exploration and replay.
+            warmup_episodes: random episodes at the start; the networks learn from the last of them on.
+            replay_transitions: capacity of the replay; the oldest transitions make room.
+            noise: sigma by episode after warm-up; NoiseSchedule() if None.
+            actor_learning_rate: Adam's.
+            critic_learning_rate: Adam's.
+            batch_size: transitions of an update.
+            baseline_rate: weight of the newest episode in the moving reward statistics of its target, in (0, 1].
+            device: of the networks.
+
+        Raises:
+            UserError: for other spaces.
+        """
+        check_spaces(env)
+        self.warmup_episodes = warmup_episodes
+        self.noise = noise or NoiseSchedule()
+        self.losses = Losses()
+        explore, replay = (np.random.default_rng(child) for child in np.random.SeedSequence(seed).spawn(2))
+        self.generator = explore
+        super().__init__(
+            "MlpPolicy",
+            env,
+            learning_rate=actor_learning_rate,
+            buffer_size=replay_transitions,
+            learning_starts=0,  # warm-up is counted in episodes, by `train`
+            batch_size=batch_size,
+            gamma=1.0,
+            train_freq=(1, "episode"),
+            gradient_steps=-1,  # as many as the episode had transitions
+            replay_buffer_class=EpisodeReplay,
+            replay_buffer_kwargs={"generator": replay, "baseline": TargetBaseline(baseline_rate)},
+            policy_kwargs={"net_arch": [300, 300], "features_extractor_class": Spread},
+            seed=seed,
+            device=device,
+        )
+        for group in self.critic.optimizer.param_groups:
+            group["lr"] = critic_learning_rate
+        self.set_logger(Logger(folder=None, output_formats=[]))
+
+    def _setup_model(self) -> None:
+        with torch.random.fork_rng():
+            super()._setup_model()
+
+    def set_random_seed(self, seed: int | None = None) -> None:
+        """Seed initial weights and environment; SB3's own version also reseeds Python's and NumPy's global state."""
+        assert seed is not None and self.env is not None
+        torch.manual_seed(seed)
+        self.env.seed(seed)
+
+    @property
+    def sigma(self) -> float:
+        """Standard deviation of the exploration noise in the next episode."""
+        return self.noise(self._episode_num - self.warmup_episodes)
+
+    def run(self, episodes: int, on_episode: Callable[[EpisodeEnd], None]) -> None:
+        """Play `episodes` more episodes, learn after each, and call `on_episode` after that."""
+        outcome = _Outcome()
+        for _ in range(episodes):
+            sigma = self.sigma
+            self.logger.record("agent/noise", sigma)
+            self.learn(1, callback=outcome, log_interval=sys.maxsize, reset_num_timesteps=False)
+            on_episode(EpisodeEnd(self._episode_num, outcome.reward, sigma, *self.losses, outcome.info))
+
+    def _sample_action(
+        self, learning_starts: int, action_noise: Any = None, n_envs: int = 1
+    ) -> tuple[np.ndarray, np.ndarray]:
+        assert isinstance(self._last_obs, np.ndarray)
+        if self._episode_num < self.warmup_episodes:
+            mean = np.zeros((n_envs, 1), np.float32)
+        else:
+            mean = self.act(self._last_obs)
+        action = truncated_normal(mean, self.sigma, -1.0, 1.0, self.generator).astype(np.float32)  # (1, 1)
+        return action, action
+
+    def act(self, observation: np.ndarray, deterministic: bool = True) -> np.ndarray:
+        """The actor's action (1,) or (B, 1), float32, for observations (O,) or (B, O); noisy if not deterministic."""
+        action, _ = self.predict(observation, deterministic=True)
+        if deterministic:
+            return action
+        return truncated_normal(action, self.sigma, -1.0, 1.0, self.generator).astype(np.float32)
+
+    def train(self, gradient_steps: int, batch_size: int = 64) -> None:
+        """Update critic and actor `gradient_steps` times; nothing during warm-up."""
+        if self._episode_num < self.warmup_episodes:
+            return
+        self.policy.set_training_mode(True)
+        sums = np.zeros(2)
+        for _ in range(gradient_steps):
+            # sample; baseline: returns come as advantages over the target's moving mean, in standard deviations
+            batch = self.replay_buffer.sample(batch_size)
+
+            # critic: regression on the returns, no bootstrapping
+            (values,) = self.critic(batch.observations, batch.actions)  # (B, 1)
+            critic_loss = F.mse_loss(values, batch.advantages)
+            self.critic.optimizer.zero_grad()
+            critic_loss.backward()
+            self.critic.optimizer.step()
+
+            # actor: up the critic's slope
+            actor_loss = -self.critic.q1_forward(batch.observations, self.actor(batch.observations)).mean()
+            self.actor.optimizer.zero_grad()
+            actor_loss.backward()
+            self.actor.optimizer.step()
+
+            sums += actor_loss.item(), critic_loss.item()
+
+        # log
+        self._n_updates += gradient_steps
+        self.losses = Losses(*(sums / gradient_steps).tolist())
+        self.logger.record("agent/actor_loss", self.losses.actor)
+        self.logger.record("agent/critic_loss", self.losses.critic)
+        for target, statistics in self.replay_buffer.baseline.statistics.items():
+            self.logger.record(f"agent/baseline_{target:.2f}", statistics.mean)
+            self.logger.record(f"agent/deviation_{target:.2f}", statistics.variance**0.5)
+
+    def state(self) -> tuple[dict[str, torch.Tensor], Any]:
+        """Everything that the next episodes depend on but the environment, as tensors and JSON values (a copy)."""
+        value = {
+            "policy": self.policy.state_dict(),
+            "actor_optimizer": self.actor.optimizer.state_dict(),
+            "critic_optimizer": self.critic.optimizer.state_dict(),
+            "replay": self.replay_buffer.state(),
+            "generator": self.generator.bit_generator.state,
+            "episodes": self._episode_num,
+            "timesteps": self.num_timesteps,
+            "updates": self._n_updates,
+            "losses": list(self.losses),
+        }
+        return pack(copy.deepcopy(value))
+
+    def load_state(self, tensors: dict[str, torch.Tensor], data: Any) -> None:
+        """Take over what `state` returned; the next `run` resets the environment first.
+
+        The environment is seeded with seed + finished episodes: targets drawn from a range go on with new draws.
+        """
+        state = copy.deepcopy(unpack(tensors, data))  # optimisers would otherwise work on the caller's tensors
+        self.policy.load_state_dict(state["policy"])
+        self.actor.optimizer.load_state_dict(state["actor_optimizer"])
+        self.critic.optimizer.load_state_dict(state["critic_optimizer"])
+        self.replay_buffer.load_state(state["replay"])
+        self.generator.bit_generator.state = state["generator"]
+        self._episode_num = int(state["episodes"])
+        self.num_timesteps = int(state["timesteps"])
+        self._n_updates = int(state["updates"])
+        self.losses = Losses(*state["losses"])
+        self._last_obs = None
+        assert self.env is not None and self.seed is not None
+        self.env.seed(self.seed + self._episode_num)
+
+    def policy_state(self) -> dict[str, torch.Tensor]:
+        """The actor alone, copied: enough for `act`."""
+        return {name: tensor.detach().clone() for name, tensor in self.actor.state_dict().items()}
+
+    def load_policy_state(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Take over what `policy_state` returned."""
+        self.actor.load_state_dict(tensors)
+
+
+class _Outcome(BaseCallback):
+    """Return and last info of an episode that `learn` plays."""
+
+    def _on_training_start(self) -> None:
+        self.reward = 0.0
+        self.info: dict[str, Any] = {}
+
+    def _on_step(self) -> bool:
+        self.reward += float(self.locals["rewards"][0])
+        self.info = self.locals["infos"][0]
+        return True

@@ -1,0 +1,249 @@
+"""The one flat `Experiment` that serves all commands, read from YAML and flags.
+
+Order of precedence: defaults, the run folder's own config.yaml, `--config FILE`, flags. A key that no command knows is
+an error. Every field says which stage it shapes: a run whose stage is done refuses another value for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import yaml
+
+from agents import AGENTS
+from cacp.checkpoint import write_atomically
+from cacp.data import DATASETS
+from cacp.graph import SCOPES
+from cacp.importance import CRITERIA
+from cacp.methods import METHODS
+from cacp.models import MODEL_NAMES
+from cacp.schema import UserError
+from cacp.training import SCHEDULES
+
+PRECISIONS = ("auto", "fp32", "bf16")
+STAGES = ("dense", "policy", "finetune", "machine")
+_COMMAND_STAGES = {
+    "pretrain": ("dense",),
+    "search": ("policy",),
+    "prune": ("policy",),
+    "export": (),
+    "finetune": ("finetune",),
+}
+
+
+def _setting(default: Any, stage: str, help: str) -> Any:
+    return field(default=default, metadata={"stage": stage, "help": help})
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Every setting of a run; `--help` explains each.
+
+    Raises:
+        UserError: listing every value outside its range.
+    """
+
+    output: str = _setting("", "machine", "run folder (default: runs/ and the name of the config file)")
+    model: str = _setting("resnet56", "dense", f"one of {', '.join(MODEL_NAMES)}")
+    weights: str = _setting("train", "dense", "train, published, or a weights file (.safetensors, .pt, .pth, .th)")
+    dataset: str = _setting("digits", "dense", f"one of {', '.join(DATASETS)}")
+    data_dir: str = _setting("data", "machine", "folder of the data set; cifar10 and cifar100 are downloaded there")
+    image_size: int | None = _setting(None, "dense", "imagefolder: resize and crop to this many pixels a side")
+    mean: list[float] | None = _setting(
+        None, "dense", "a weights file: mean of the normalisation it expects, in [0, 1]"
+    )
+    std: list[float] | None = _setting(None, "dense", "a weights file: standard deviation, likewise")
+    validation_images: int = _setting(
+        2000, "dense", "images that score an episode; as many again score the best once more"
+    )
+    calibration_images: int = _setting(1024, "dense", "training images that batch norm is recalibrated on")
+    seed: int = _setting(0, "dense", "of everything random")
+    batch_size: int = _setting(256, "dense", "images in a training step, pretrain and finetune")
+    weight_decay: float = _setting(1e-4, "dense", "of SGD, pretrain and finetune")
+    flip: bool = _setting(True, "dense", "mirror training images at random; not for digits and letters")
+    crop_padding: int = _setting(4, "dense", "pixels that a training image is shifted by at most")
+    precision: str = _setting(
+        "auto", "machine", "auto (bf16 where the device has it), fp32 or bf16; training and search"
+    )
+    device: str = _setting("auto", "machine", "auto, cpu, cuda or cuda:N")
+    pretrain_epochs: int = _setting(200, "dense", "weights train: epochs of the dense model")
+    pretrain_lr: float = _setting(0.1, "dense", "weights train: highest learning rate")
+    pretrain_schedule: str = _setting("cosine", "dense", f"weights train: one of {', '.join(SCHEDULES)}")
+    targets: list[float] = _setting(
+        (0.3, 0.5, 0.7), "policy", "macs targets: kept fractions of the dense MACs, in (0, 1]"
+    )
+    criterion: str = _setting("l1", "policy", f"ranks the channels: one of {', '.join(CRITERIA)}")
+    scope: str = _setting("inner", "policy", "inner (channels inside a block) or all (residual streams too)")
+    agent: str = _setting("cacp", "policy", f"search: one of {', '.join(AGENTS)}")
+    episodes: int = _setting(900, "policy", "search: policies to score, all targets together")
+    warmup_episodes: int = _setting(100, "policy", "search: episodes drawn at random before the agent acts")
+    method: str = _setting("uniform", "policy", f"prune: one of {', '.join(METHODS)}")
+    finetune_epochs: int = _setting(400, "finetune", "epochs of every exported model")
+    finetune_lr: float = _setting(0.1, "finetune", "highest learning rate")
+    finetune_schedule: str = _setting(
+        "paper", "finetune", "paper (x0.1 every 20 epochs), step (x0.1 at half and three quarters) or cosine"
+    )
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "targets", tuple(dict.fromkeys(self.targets)))
+        wrong = [*_wrong_choices(self), *_wrong_numbers(self)]
+        if wrong:
+            raise UserError("these settings are out of range:\n  " + "\n  ".join(wrong))
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output)
+
+
+def _wrong_choices(experiment: Experiment) -> list[str]:
+    choices: dict[str, Sequence[str]] = {
+        "model": MODEL_NAMES,
+        "dataset": DATASETS,
+        "criterion": CRITERIA,
+        "scope": SCOPES,
+        "agent": tuple(AGENTS),
+        "method": tuple(METHODS),
+        "pretrain_schedule": SCHEDULES,
+        "finetune_schedule": SCHEDULES,
+        "precision": PRECISIONS,
+    }
+    return [
+        f"{key} must be one of {', '.join(known)}, but got {getattr(experiment, key)!r}"
+        for key, known in choices.items()
+        if getattr(experiment, key) not in known
+    ]
+
+
+def _wrong_numbers(experiment: Experiment) -> list[str]:
+    wrong = []
+    positive = (
+        "validation_images",
+        "calibration_images",
+        "batch_size",
+        "pretrain_epochs",
+        "episodes",
+        "finetune_epochs",
+    )
+    for key in (*positive, "pretrain_lr", "finetune_lr"):
+        value = getattr(experiment, key)
+        if not (math.isfinite(value) and value > 0):
+            wrong.append(f"{key} must be above 0, but got {value}")
+    for key in ("seed", "warmup_episodes", "crop_padding", "weight_decay"):
+        value = getattr(experiment, key)
+        if not (math.isfinite(value) and value >= 0):
+            wrong.append(f"{key} must be at least 0, but got {value}")
+    if not experiment.targets or not all(0 < target <= 1 for target in experiment.targets):
+        wrong.append(
+            f"targets must be kept fractions in (0, 1], but got {list(experiment.targets)}; 0.5 keeps half of the MACs"
+        )
+    if experiment.image_size is not None and experiment.image_size < 8:
+        wrong.append(f"image_size must be at least 8 pixels, but got {experiment.image_size}")
+    if (experiment.mean is None) != (experiment.std is None):
+        wrong.append("mean and std go together: give both or none")
+    for key, least in (("mean", 0.0), ("std", 1e-6)):
+        values = getattr(experiment, key)
+        if values is not None and not (len(values) == 3 and all(least <= value <= 1 for value in values)):
+            wrong.append(
+                f"{key} must be three numbers in [{least:g}, 1] (of images in [0, 1], not 0 to 255), got {values}"
+            )
+    return wrong
+
+
+def parse(command: str, description: str, argv: Sequence[str], run_argument: bool = False) -> jsonargparse.Namespace:
+    """Read a command line.
+
+    Args:
+        command: name of the entry point without .py; its own settings come first in --help.
+        description: one paragraph for --help.
+        argv: arguments after the program's name.
+        run_argument: whether the command takes the run folder as its argument (export, finetune).
+
+    Returns:
+        Namespace of every Experiment field, plus what `search.py` adds. Use `experiment(namespace)`.
+    """
+    parser = jsonargparse.ArgumentParser(
+        prog=f"{command}.py", description=description, default_config_files=_run_config(argv, run_argument)
+    )
+    parser.add_argument("--config", action="config", help="YAML file of settings")
+    if run_argument:
+        parser.add_argument("run", metavar="RUN", help="run folder, for example runs/digits_resnet56")
+    if command == "search":
+        parser.add_argument("--ask", type=float | None, help="after the search: one greedy policy for this macs target")
+    own = [item for item in dataclasses.fields(Experiment) if item.metadata["stage"] in _COMMAND_STAGES[command]]
+    rest = [item for item in dataclasses.fields(Experiment) if item not in own]
+    for title, items in ((f"settings of {command}", own), ("settings shared by all commands", rest)):
+        group = parser.add_argument_group(title)
+        for item in items:
+            _add_setting(group, item, command)
+    return parser.parse_args(list(argv))
+
+
+def _add_setting(group: Any, item: dataclasses.Field[Any], command: str) -> None:
+    names = [f"--{item.name}"] + (["--epochs"] if item.name == f"{command}_epochs" else [])
+    listed = "list" in str(item.type)
+    kind = {"int": int, "float": float, "str": str, "bool": bool, "int | None": int | None}.get(str(item.type))
+    default = list(item.default) if isinstance(item.default, tuple) else item.default
+    keywords: dict[str, Any] = {"type": float, "nargs": "+"} if listed else {"type": kind}
+    group.add_argument(*names, default=default, help=item.metadata["help"], **keywords)
+
+
+def _run_config(argv: Sequence[str], run_argument: bool) -> list[str | PathLike[str]]:
+    """The config.yaml of the run folder that the command line names, unless it names a config of its own."""
+    folders = [argv[0]] if run_argument and argv and not argv[0].startswith("-") else []
+    for position, word in enumerate(argv):
+        if word == "--config" or word.startswith("--config="):
+            return []
+        if word == "--output" and position + 1 < len(argv):
+            folders.append(argv[position + 1])
+        elif word.startswith("--output="):
+            folders.append(word.partition("=")[2])
+    return [str(Path(folder) / "config.yaml") for folder in folders if (Path(folder) / "config.yaml").is_file()]
+
+
+def experiment_from(namespace: jsonargparse.Namespace) -> Experiment:
+    """The validated settings of a parsed command line.
+
+    Raises:
+        UserError: for values out of range, a run folder without a run, or no output folder at all.
+    """
+    values = {item.name: namespace[item.name] for item in dataclasses.fields(Experiment)}
+    run = namespace.get("run")
+    if run is not None:
+        if not (Path(run) / "config.yaml").is_file():
+            raise UserError(f"{run} holds no run (no config.yaml); make one with bash scripts/search_export.sh")
+        values["output"] = run
+    elif not values["output"]:
+        files = namespace.get("config") or []
+        if not files:
+            raise UserError("no run folder: give --output runs/NAME, or --config FILE (the file's name names the run)")
+        values["output"] = f"runs/{Path(str(files[-1])).stem}"
+    return Experiment(**values)
+
+
+def save_config(experiment: Experiment) -> None:
+    """Write the run folder's config.yaml."""
+    values = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(experiment).items()}
+    write_atomically(experiment.folder / "config.yaml", yaml.safe_dump(values, sort_keys=False))
+
+
+def differences(experiment: Experiment, stages: Sequence[str]) -> list[str]:
+    """Settings of these stages whose value differs from the run folder's config.yaml, as `key: there -> here`."""
+    path = experiment.folder / "config.yaml"
+    if not path.is_file():
+        return []
+    try:
+        there = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}; restore it, or use another --output") from error
+    if not isinstance(there, dict):
+        raise UserError(f"{path} is not a run's settings; use another --output")
+    here = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(experiment).items()}
+    keys = [item.name for item in dataclasses.fields(Experiment) if item.metadata["stage"] in stages]
+    return [f"{key}: {there.get(key)!r} -> {here[key]!r}" for key in keys if there.get(key) != here[key]]

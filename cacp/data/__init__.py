@@ -1,0 +1,17 @@
+"""Images: digits, CIFAR-10/100 and image folders, splits fixed by a seed, normalisation and augmentation."""
+
+from cacp.data.images import ImageData
+from cacp.data.sources import DATASETS, load_dataset
+from cacp.data.splits import Splits, make_splits
+from cacp.data.transforms import augment, channel_statistics, normalise
+
+__all__ = [
+    "DATASETS",
+    "ImageData",
+    "Splits",
+    "augment",
+    "channel_statistics",
+    "load_dataset",
+    "make_splits",
+    "normalise",
+]

@@ -1,0 +1,114 @@
+"""The episodes of a search: one row each in episodes.csv, and the best policies of every target.
+
+The file is the truth: a resumed search reads it back, up to the episode of its checkpoint.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from cacp.budget import in_window
+from cacp.checkpoint import write_atomically
+from cacp.schema import Budget, Cost, UserError
+
+
+class Episode(NamedTuple):
+    """A row of episodes.csv; top1 and loss on the first half of the validation images."""
+
+    episode: int  # from 1
+    target: float  # macs target
+    reward: float
+    top1: float
+    loss: float
+    macs: int
+    params: int
+    noise: float  # standard deviation of the exploration noise
+    seconds: float  # since the episode before
+    counts: tuple[int, ...]  # kept channels of every prunable group
+
+    @classmethod
+    def from_row(cls, row: dict[str, str]) -> Episode:
+        whole = {key: int(row[key]) for key in ("episode", "macs", "params")}
+        real = {key: float(row[key]) for key in ("target", "reward", "top1", "loss", "noise", "seconds")}
+        return cls(**whole, **real, counts=tuple(int(count) for count in row["counts"].split("-")))  # type: ignore[arg-type]
+
+    def row(self) -> list[str]:
+        values = [repr(round(value, 6)) if isinstance(value, float) else str(value) for value in self[:-1]]
+        return [*values, "-".join(map(str, self.counts))]
+
+
+class History:
+    """Episodes so far, in memory and in a CSV file that is appended to.
+
+    A policy is credited to every budget whose window it lies in, whatever target the agent was asked for.
+
+    Args:
+        path: of episodes.csv.
+        dense: cost of the dense model.
+        budgets: whose best policies are kept.
+        finished: how many rows of an existing file to keep; later ones belong to episodes that will be played again.
+
+    Raises:
+        UserError: if the file holds fewer rows, or no such rows.
+    """
+
+    def __init__(self, path: Path, dense: Cost, budgets: Sequence[Budget], finished: int = 0) -> None:
+        self._path = path
+        self._dense = dense
+        self._budgets = {budget.name: budget for budget in budgets}
+        self._candidates: dict[str, dict[tuple[int, ...], Episode]] = {name: {} for name in self._budgets}
+        self.leaders: dict[str, Episode] = {}  # budget name -> its best episode so far
+        self.episodes: list[Episode] = []
+        for episode in _read(path, finished) if finished else []:
+            self._take(episode)
+        table = io.StringIO()
+        csv.writer(table).writerows([Episode._fields, *(episode.row() for episode in self.episodes)])
+        write_atomically(path, table.getvalue())
+
+    def append(self, episode: Episode) -> None:
+        """Take a new episode, and write its row."""
+        self._take(episode)
+        with self._path.open("a", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerow(episode.row())
+
+    def best(self, budget: Budget, most: int) -> list[Episode]:
+        """The best different policies of a budget, by top1, then loss."""
+        return sorted(self._candidates[budget.name].values(), key=_quality, reverse=True)[:most]
+
+    def _take(self, episode: Episode) -> None:
+        self.episodes.append(episode)
+        for name, budget in self._budgets.items():
+            if not in_window(Cost(episode.macs, episode.params), self._dense, budget):
+                continue
+            self._candidates[name].setdefault(episode.counts, episode)
+            leader = self.leaders.get(name)
+            if leader is None or _quality(episode) > _quality(leader):
+                self.leaders[name] = episode
+
+
+def _quality(episode: Episode) -> tuple[float, float]:
+    return episode.top1, -episode.loss
+
+
+def _read(path: Path, finished: int) -> list[Episode]:
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            episodes = [Episode.from_row(row) for _, row in zip(range(finished), csv.DictReader(file), strict=False)]
+    except (OSError, KeyError, ValueError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"{path} cannot be read: {type(error).__name__}: {error}; restore it or use another --output"
+        ) from error
+    if [episode.episode for episode in episodes] != list(range(1, finished + 1)):
+        raise UserError(
+            f"{path} must hold the {finished} episodes of the checkpoint beside it, but holds {len(episodes)}; "
+            "restore it or use another --output"
+        )
+    return episodes
+
+
+def target_budgets(targets: Sequence[float]) -> list[Budget]:
+    return [Budget({"macs": target}) for target in targets]

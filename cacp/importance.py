@@ -1,0 +1,129 @@
+"""Criteria: scores of a group's channels; a channel with a higher score is kept.
+
+The formulas are pure functions of tensors; `channel_importance` applies one to every prunable group of a model.
+Shapes: C channels of the group, I inputs, K kernel height x width, B images.
+
+    l1, l2   norm of the filter (Li et al., ICLR 2017; He et al., SFP, IJCAI 2018)
+    fpgm     sum over j of ||F_i - F_j||_2: the filters nearest the geometric median go (He et al., CVPR 2019)
+    taylor   (gamma dL/dgamma + beta dL/dbeta)^2 of the batch norm behind the filter, averaged over mini-batches
+             (Molchanov et al., CVPR 2019, gate after BN)
+    random   uniform noise
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cacp.schema import ChannelGroup, ChannelGroups, UserError
+
+CRITERIA = ("l1", "l2", "fpgm", "taylor", "random")
+
+
+def l1(filters: Tensor) -> Tensor:
+    """Sum of absolute weights: (C, ...) -> (C,)."""
+    return filters.flatten(1).abs().sum(1)
+
+
+def l2(filters: Tensor) -> Tensor:
+    """Euclidean norm: (C, ...) -> (C,)."""
+    return filters.flatten(1).norm(dim=1)
+
+
+def fpgm(filters: Tensor) -> Tensor:
+    """Sum of Euclidean distances to all filters of the layer: (C, ...) -> (C,)."""
+    flat = filters.flatten(1)  # (C, I*K)
+    return (flat[:, None] - flat[None]).norm(dim=2).sum(1)
+
+
+def taylor_gate(gamma: Tensor, beta: Tensor, gamma_gradient: Tensor, beta_gradient: Tensor) -> Tensor:
+    """Squared first-order change of one mini-batch's loss when a channel is gated off: four (C,) -> (C,)."""
+    return (gamma * gamma_gradient + beta * beta_gradient) ** 2
+
+
+_WEIGHT_CRITERIA: dict[str, Callable[[Tensor], Tensor]] = {"l1": l1, "l2": l2, "fpgm": fpgm}
+
+
+def channel_importance(
+    model: nn.Module,
+    groups: ChannelGroups,
+    criterion: str,
+    batches: Iterable[tuple[Tensor, Tensor]] = (),
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Scores (C,) float32 on the CPU of the channels of every prunable group.
+
+    A group with several producers (a residual stream) sums over them.
+
+    Args:
+        model: the dense model; its weights, gradients and mode are left as they are.
+        groups: of this model.
+        criterion: one of CRITERIA.
+        batches: for taylor: (images (B, C, H, W) normalised, labels (B,)) on the model's device.
+        seed: for random.
+
+    Raises:
+        UserError: for an unknown criterion, or taylor without batches or without batch norm.
+    """
+    if criterion not in CRITERIA:
+        raise UserError(f"criterion must be one of {', '.join(CRITERIA)}, but got {criterion!r}")
+    if criterion == "taylor":
+        return _taylor(model, groups, batches)
+    if criterion == "random":
+        generator = torch.Generator().manual_seed(seed)
+        return {group.name: torch.rand(group.channels, generator=generator) for group in groups.prunable}
+    score = _WEIGHT_CRITERIA[criterion]
+    return {
+        group.name: torch.stack([score(filters) for filters in _filters(model, group)]).sum(0).cpu()
+        for group in groups.prunable
+    }
+
+
+def channel_orders(importance: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Channel indices (C,) of every group, the most important first; ties go to the lower index."""
+    return {name: torch.argsort(scores, descending=True, stable=True) for name, scores in importance.items()}
+
+
+def _filters(model: nn.Module, group: ChannelGroup) -> list[Tensor]:
+    """Weights (C, ...) of the layers that produce the group; shortcuts have none."""
+    modules = [model.get_submodule(name) for name in group.producers]
+    return [module.weight.detach().float() for module in modules if isinstance(module, nn.Conv2d | nn.Linear)]
+
+
+def _taylor(model: nn.Module, groups: ChannelGroups, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """Mean over mini-batches of (sum over the group's batch norms of gamma dL/dgamma + beta dL/dbeta)^2."""
+    norms = _batch_norms(model, groups)
+    parameters = [parameter for modules in norms.values() for norm in modules for parameter in (norm.weight, norm.bias)]
+    sums = {name: torch.zeros(groups[name].channels) for name in norms}
+    count, training = 0, model.training
+    model.eval()
+    for images, labels in batches:
+        gradients = torch.autograd.grad(F.cross_entropy(model(images), labels), parameters)
+        by_parameter = dict(zip(map(id, parameters), gradients, strict=True))
+        for name, modules in norms.items():
+            gamma, beta = (torch.stack([getattr(norm, key).detach() for norm in modules]) for key in ("weight", "bias"))
+            d_gamma = torch.stack([by_parameter[id(norm.weight)] for norm in modules])  # (norms, C)
+            d_beta = torch.stack([by_parameter[id(norm.bias)] for norm in modules])
+            change = (gamma * d_gamma + beta * d_beta).sum(0)  # (C,), coupled gates close together
+            sums[name] += (change**2).cpu()
+        count += 1
+    model.train(training)
+    if not count:
+        raise UserError("criterion taylor needs batches of training images, but got none")
+    return {name: total / count for name, total in sums.items()}
+
+
+def _batch_norms(model: nn.Module, groups: ChannelGroups) -> dict[str, list[nn.BatchNorm2d]]:
+    """The affine batch norms of every prunable group, in forward order."""
+    norms: dict[str, list[nn.BatchNorm2d]] = {group.name: [] for group in groups.prunable}
+    for axis in groups.axes:
+        module = model.get_submodule(axis.module)
+        if isinstance(module, nn.BatchNorm2d) and module.affine and len(axis.segments) == 1:
+            norms.get(axis.segments[0], []).append(module)
+    without = [name for name, modules in norms.items() if not modules]
+    if without:
+        raise UserError(f"criterion taylor needs a batch norm behind every group, but {', '.join(without)} have none")
+    return norms

@@ -1,0 +1,12 @@
+"""Criterion-driven methods: (subject, budget) -> policy, without episodes. One file each."""
+
+from collections.abc import Callable
+
+from cacp.methods.subject import Subject
+from cacp.methods.taylor import taylor
+from cacp.methods.uniform import uniform
+from cacp.schema import Budget, Policy
+
+METHODS: dict[str, Callable[[Subject, Budget], Policy]] = {"uniform": uniform, "taylor": taylor}
+
+__all__ = ["METHODS", "Subject", "taylor", "uniform"]

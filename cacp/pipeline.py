@@ -1,0 +1,325 @@
+"""What the entry points share: the run folder, the device, the data, the dense model, policy files, exit statuses.
+
+This is where an `Experiment` becomes the plain arguments that the library takes.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cacp.checkpoint import load_json, save_json, save_tensors, sha256
+from cacp.config import Experiment, differences, save_config
+from cacp.cost import CostModel
+from cacp.data import ImageData, Splits, channel_statistics, load_dataset, make_splits, normalise
+from cacp.graph import trace
+from cacp.importance import channel_importance
+from cacp.models import build_model
+from cacp.models.weights import PUBLISHED, fetch_published, load_weights
+from cacp.schema import ChannelGroups, Normalisation, UserError
+from cacp.scoring import CALIBRATION_BATCH, PolicyScorer
+from cacp.training import evaluate_data, resolve_precision
+
+_PACKAGES = ("torch", "torchvision", "gymnasium", "stable-baselines3", "numpy", "safetensors")
+
+
+# exit statuses --------------------------------------------------------------------------------------------------------
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run an entry point: a mistake of the user's or a full disk ends in one message and exit status 2."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(_failed(str(error)))
+    except KeyboardInterrupt:
+        sys.exit(_failed("interrupted; the same command goes on from the last checkpoint", status=130))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        sys.exit(
+            _failed(
+                f"cannot write {error.filename or 'the run folder'}: {error.strerror}; "
+                "free some space (or choose another --output), then run the same command again: it goes on from the "
+                "last checkpoint"
+            )
+        )
+
+
+def _failed(message: str, status: int = 2) -> int:
+    sys.stderr.write(f"error: {message}\n")
+    return status
+
+
+# run folder -----------------------------------------------------------------------------------------------------------
+
+
+def open_run(experiment: Experiment) -> None:
+    """Create the run folder, or go on with it; writes config.yaml and environment.json.
+
+    Raises:
+        UserError: if the folder holds something else, or stages made with other settings.
+    """
+    folder = experiment.folder
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output {folder} is a file; choose another --output")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.yaml").is_file():
+        raise UserError(f"output {folder} is not empty and holds no run (no config.yaml); choose another --output")
+    done = [
+        stage
+        for stage, part in (("dense", "dense"), ("policy", "search"), ("policy", "policies"))
+        if (folder / part).is_dir()
+    ]
+    different = differences(experiment, done)
+    if different:
+        raise UserError(
+            f"output {folder} holds a run with other settings:\n  "
+            + "\n  ".join(different)
+            + "\nchoose another --output, or the same settings"
+        )
+    save_config(experiment)
+    save_json(folder / "environment.json", environment(experiment.seed))
+
+
+def environment(seed: int) -> dict[str, Any]:
+    """Versions, hardware, commit and command line, for a result that can be repeated."""
+    cuda = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "commit": _git_commit(),
+        "seed": seed,
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in _PACKAGES},
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "cuda": cuda,
+        "platform": platform.platform(),
+    }
+
+
+def _git_commit() -> str | None:
+    root = Path(__file__).resolve().parent.parent
+    try:
+        answer = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip()
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+# device and data ------------------------------------------------------------------------------------------------------
+
+
+def select_device(name: str) -> torch.device:
+    """The device of `--device`: auto takes the GPU where there is one.
+
+    Raises:
+        UserError: for an unknown name, or a GPU that is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()) or (kind == "cpu" and index):
+        raise UserError(f"device must be auto, cpu, cuda or cuda:N, but got {name!r}")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if kind == "cuda" and int(index or 0) >= count:
+        raise UserError(f"device {name} is not there: torch sees {count} CUDA devices; use --device cpu or auto")
+    return torch.device(name)
+
+
+def load_splits(experiment: Experiment) -> Splits:
+    """Training, validation, holdout and calibration images; the test set stays closed."""
+    sets = {
+        split: load_dataset(experiment.dataset, split, Path(experiment.data_dir), experiment.image_size)
+        for split in ("train", "val")
+    }
+    train = sets["train"]
+    assert train is not None
+    return make_splits(train, sets["val"], experiment.validation_images, experiment.calibration_images, experiment.seed)
+
+
+# dense model ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DenseModel:
+    """The unpruned model of a run, in eval mode on its device, and what dense/result.json says of it."""
+
+    model: nn.Module
+    normalisation: Normalisation
+    classes: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+    validation_top1: float
+    validation_unseen: bool  # whether the weights have never seen the validation images
+
+    @property
+    def example(self) -> Tensor:
+        """A zero image (1, C, H, W), for tracing."""
+        return torch.zeros(1, *self.image_shape, device=next(self.model.parameters()).device)
+
+
+def import_weights(experiment: Experiment, splits: Splits, device: torch.device) -> None:
+    """Fill dense/ with published weights or those of a file, measured on the validation images.
+
+    Raises:
+        UserError: for missing, damaged or wrong weights, or a file without `mean` and `std` on the command line.
+    """
+    if experiment.weights == "published":
+        path = fetch_published(experiment.model, experiment.dataset, Path(experiment.data_dir) / "weights")
+        published = PUBLISHED[experiment.model, experiment.dataset]
+        normalisation, seen = published.normalisation, published.trained_on
+    else:
+        path = Path(experiment.weights)
+        if experiment.mean is None or experiment.std is None:
+            raise UserError(
+                f"weights {path}: the file carries no normalisation; give --mean and --std (3 numbers each)"
+            )
+        normalisation, seen = Normalisation(tuple(experiment.mean), tuple(experiment.std)), "unknown"
+    model = build_model(experiment.model, len(splits.train.classes), seed=experiment.seed)
+    load_weights(model, path)
+    save_dense(
+        experiment,
+        model.to(device),
+        normalisation,
+        splits,
+        {"source": str(path), "sha256": sha256(path), "trained_on": seen, "validation_unseen": False},
+    )
+
+
+def training_normalisation(splits: Splits) -> Normalisation:
+    """Of a model that is trained here: statistics of the images it is trained on."""
+    return channel_statistics(splits.train)
+
+
+def save_dense(
+    experiment: Experiment, model: nn.Module, normalisation: Normalisation, splits: Splits, origin: dict[str, Any]
+) -> None:
+    """Write dense/: the weights, and result.json with origin, normalisation and validation top-1.
+
+    Raises:
+        UserError: if the model does hardly better than chance.
+    """
+    top1 = evaluate_data(model, splits.validation, normalisation).top1
+    _check_better_than_chance(top1, len(splits.train.classes))
+    folder = experiment.folder / "dense"
+    save_tensors(folder / "model.safetensors", model.state_dict())
+    result = {
+        **origin,
+        "model": experiment.model,
+        "mean": list(normalisation.mean),
+        "std": list(normalisation.std),
+        "classes": list(splits.train.classes),
+        "validation_top1": top1,
+        "validation_images": len(splits.validation),
+    }
+    save_json(folder / "result.json", result)
+
+
+def load_dense(experiment: Experiment, splits: Splits, device: torch.device) -> DenseModel:
+    """The model of dense/, which must agree with the data.
+
+    Raises:
+        UserError: if dense/ is missing or damaged, or its classes are not those of the data set.
+    """
+    path = experiment.folder / "dense" / "result.json"
+    if not path.is_file():
+        raise UserError(f"{experiment.folder} has no dense model yet; run pretrain.py with the same settings first")
+    result = load_json(path)
+    classes = tuple(result["classes"])
+    if classes != splits.train.classes:
+        raise UserError(
+            f"the data set has the classes {', '.join(splits.train.classes)}, but the dense model was made for "
+            f"{', '.join(classes)}; give the --data_dir of the same data"
+        )
+    model = build_model(experiment.model, len(classes), seed=experiment.seed)
+    load_weights(model, path.parent / "model.safetensors")
+    return DenseModel(
+        model=model.to(device).eval(),
+        normalisation=Normalisation(tuple(result["mean"]), tuple(result["std"])),
+        classes=classes,
+        image_shape=splits.train.image_shape,
+        validation_top1=result["validation_top1"],
+        validation_unseen=result["validation_unseen"],
+    )
+
+
+def _check_better_than_chance(top1: float, classes: int) -> None:
+    least = min(3 / classes, (1 + 1 / classes) / 2)
+    if top1 < least:
+        raise UserError(
+            f"the dense model reaches only {100 * top1:.1f} % top-1 on the validation images (chance is "
+            f"{100 / classes:.1f} %, at least {100 * least:.1f} % is expected); likely wrong are the weights (another "
+            "data set or model), the normalisation (--mean and --std must be those the weights were trained with), or "
+            "the order of the classes (class folders are taken in alphabetical order)"
+        )
+
+
+# search subject -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """Everything that turns keep counts into a score, for one experiment."""
+
+    dense: DenseModel
+    groups: ChannelGroups
+    cost_model: CostModel
+    scorer: PolicyScorer  # on the validation images, in the precision of the search
+    rescorer: PolicyScorer  # on the holdout images, fp32
+    calibration: ImageData
+    seed: int
+
+    def importance(self, criterion: str) -> dict[str, Tensor]:
+        """Channel scores; a criterion that needs gradients gets the calibration images."""
+        batches = _labelled_batches(self.calibration, self.dense) if criterion == "taylor" else ()
+        return channel_importance(self.dense.model, self.groups, criterion, batches, self.seed)
+
+
+def _labelled_batches(data: ImageData, dense: DenseModel) -> list[tuple[Tensor, Tensor]]:
+    device = next(dense.model.parameters()).device
+    return [
+        (normalise(data.batch(indices), dense.normalisation, device), data.labels[indices].to(device))
+        for indices in torch.arange(len(data)).split(CALIBRATION_BATCH)
+    ]
+
+
+def build_workbench(experiment: Experiment) -> Workbench:
+    """Load data and dense model, trace, and prepare both scorers."""
+    device = select_device(experiment.device)
+    splits = load_splits(experiment)
+    if experiment.weights != "train" and not (experiment.folder / "dense" / "result.json").is_file():
+        import_weights(experiment, splits, device)
+    dense = load_dense(experiment, splits, device)
+    groups = trace(dense.model, dense.example, experiment.scope)
+    precision = resolve_precision(experiment.precision, device)
+    model, calibration, normalisation = dense.model, splits.calibration, dense.normalisation
+    return Workbench(
+        dense=dense,
+        groups=groups,
+        cost_model=CostModel(groups),
+        scorer=PolicyScorer(model, groups, splits.validation, calibration, normalisation, precision),
+        rescorer=PolicyScorer(model, groups, splits.holdout, calibration, normalisation),
+        calibration=calibration,
+        seed=experiment.seed,
+    )

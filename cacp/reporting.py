@@ -1,0 +1,170 @@
+"""What a person sees: progress on the screen, tables, TensorBoard, figures."""
+
+from __future__ import annotations
+
+import csv
+import io
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from stable_baselines3.common.logger import Figure as LoggedFigure
+from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
+from torch.utils.tensorboard import SummaryWriter
+
+from cacp.checkpoint import write_atomically
+from cacp.history import Episode
+from cacp.policies import load_policies
+from cacp.schema import Budget, ChannelGroups
+from cacp.training import EpochRecord
+
+console = Console(highlight=False, soft_wrap=True)
+_LINES = 10  # progress lines of a command whose output is no terminal
+
+
+class ProgressLine:
+    """A progress bar with the time left on a terminal; elsewhere a line after every tenth of the work.
+
+    Args:
+        title: of the work.
+        total: steps in all.
+        done: steps that an earlier call has done.
+    """
+
+    def __init__(self, title: str, total: int, done: int = 0) -> None:
+        self._title, self._total, self._first, self._done = title, total, done, done
+        self._start = time.monotonic()
+        columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
+        self._bar = Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
+        self._task = self._bar.add_task(title, total=total, completed=done)
+
+    def __enter__(self) -> ProgressLine:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def advance(self, status: str) -> None:
+        """One step more; `status` says how it stands."""
+        self._done += 1
+        self._bar.update(self._task, advance=1, description=f"{self._title} {status}")
+        share = max(1, self._total // _LINES)
+        if not console.is_terminal and (self._done % share == 0 or self._done == self._total):
+            spent = time.monotonic() - self._start
+            left = spent / (self._done - self._first) * (self._total - self._done)
+            console.print(f"{self._title} {self._done}/{self._total} {status}, {left:.0f} s left")
+
+
+def track_training(records: Iterator[EpochRecord], epochs: int, folder: Path, title: str) -> list[EpochRecord]:
+    """Drive a training to its end: progress, `epochs.csv` and TensorBoard events in `folder`.
+
+    Returns:
+        The record of every epoch.
+    """
+    seen: list[EpochRecord] = []
+    with SummaryWriter(str(folder), purge_step=1) as writer, ProgressLine(title, epochs) as progress:
+        for record in records:
+            seen.append(record)
+            for name, value in record._asdict().items():
+                if value is not None and name != "epoch":
+                    writer.add_scalar(f"training/{name}", value, record.epoch)
+            table = io.StringIO()
+            csv.writer(table).writerows([EpochRecord._fields, *seen])
+            write_atomically(folder / "epochs.csv", table.getvalue())
+            progress.advance(f"loss {record.train_loss:.3f}{_validation(record)}")
+    return seen
+
+
+def _validation(record: EpochRecord) -> str:
+    return "" if record.validation_top1 is None else f", validation {100 * record.validation_top1:.1f} %"
+
+
+class _ResumedTensorBoard(TensorBoardOutputFormat):
+    """SB3's TensorBoard output, going on at a step: what an interrupted run logged from there on is dropped."""
+
+    def __init__(self, folder: str, first_step: int) -> None:
+        self.writer = SummaryWriter(log_dir=folder, purge_step=first_step)
+        self._is_closed = False
+
+
+def search_logger(folder: Path, first_episode: int) -> Logger:
+    """The logger that the agent records into; `dump(episode)` writes TensorBoard events in `folder`."""
+    return Logger(str(folder), [_ResumedTensorBoard(str(folder), first_episode)])
+
+
+def log_episode(logger: Logger, episode: Episode, names: Sequence[str], channels: Sequence[int], best: float) -> None:
+    """Record one episode in TensorBoard: score, best score, cost, and the keep ratio of every group, by target."""
+    target = f"target {Budget({'macs': episode.target}).name}"
+    for key in ("top1", "loss", "reward", "macs", "params"):
+        logger.record(f"{target}/{key}", getattr(episode, key))
+    logger.record(f"{target}/best top1", best)
+    logger.record("search/seconds", episode.seconds)
+    logger.record("search/reward", episode.reward)
+    for name, count, whole in zip(names, episode.counts, channels, strict=True):
+        logger.record(f"keep {target}/{name}", count / whole)
+
+
+def log_best_policy(logger: Logger, groups: ChannelGroups, budget: Budget, episode: Episode) -> None:
+    """Record the figure of a target's best policy in TensorBoard."""
+    figure = policy_figure(groups, episode.counts, f"{budget.name}: top-1 {100 * episode.top1:.1f} %")
+    logger.record(f"target {budget.name}/best policy", LoggedFigure(figure, close=True), exclude=("stdout", "csv"))
+
+
+def policy_figure(groups: ChannelGroups, counts: Sequence[int], title: str) -> Figure:
+    """Bars of the kept channels of every prunable group, in front of all of them."""
+    prunable = groups.prunable
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    positions = range(len(prunable))
+    axes.bar(positions, [group.channels for group in prunable], color="#d9dde3", label="channels")
+    axes.bar(positions, counts, color="#2563a8", label="kept")
+    axes.set_xticks(positions, [group.name for group in prunable], rotation=90, fontsize=7)
+    axes.set_title(title, fontsize=10)
+    axes.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
+    """A table for the console; the first column to the left, the others to the right."""
+    result = Table(title=title, title_justify="left")
+    for position, column in enumerate(columns):
+        result.add_column(column, justify="left" if position == 0 else "right", no_wrap=True)
+    for row in rows:
+        result.add_row(*(str(cell) for cell in row))
+    return result
+
+
+def show_policies(folder: Path, names: Sequence[str]) -> None:
+    """A table of the named policies of a run folder."""
+    rows = [
+        [
+            record.budget.name,
+            millions(record.score.cost.macs),
+            millions(record.score.cost.params),
+            percent(record.search_score.top1),
+            percent(record.score.top1),
+            record.episode or "-",
+        ]
+        for record in load_policies(folder)
+        if record.budget.name in names
+    ]
+    columns = ["policy", "MACs", "parameters", "top-1 in search, %", "top-1 scored again, %", "episode"]
+    console.print(table(f"policies of {folder}, before fine-tuning", columns, rows))
+
+
+def percent(fraction: float) -> str:
+    """A fraction in [0, 1] as percent with two decimals."""
+    return f"{100 * fraction:.2f}"
+
+
+def millions(count: int) -> str:
+    """A count in millions with two decimals."""
+    return f"{count / 1e6:.2f} M"

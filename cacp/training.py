@@ -1,0 +1,521 @@
+"""Train, evaluate, and recalibrate batch norm: what pretraining, fine-tuning, scoring and the methods share.
+
+`fit` is SGD as CACP fine-tunes (momentum 0.9, weight decay 1e-4, batch 256, no Nesterov), made exact to resume: the
+data order, the augmentation and dropout of an epoch are drawn from (seed, epoch) alone, so that weights and momentum
+are all the state there is. Batch norm recalibration is EagleEye's (Li et al., ECCV 2020).
+
+Differences from the paper's released fine-tuning:
+- learning rate: x0.1 every 20 of 400 epochs -> "cosine" over the whole length; the released one, "paper", is at most
+  1e-5 from epoch 80 on, so nothing happens in the other 320 epochs.
+- chosen epoch: the best on the test set -> the best on a validation split (`chosen_epoch`), else the last.
+- precision: fp32 -> bf16 autocast where the machine computes in it; weights, optimiser and evaluation stay fp32.
+- batches: a smaller last one -> ceil(N / batch_size) batches an epoch whose sizes differ by at most 1.
+
+Letters: N images, B batch, C channels, H height, W width. It knows nothing of several processes (DDP).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from cacp.checkpoint import load_state, pack, save_state, unpack
+from cacp.data import ImageData, augment, normalise
+from cacp.schema import Normalisation, UserError
+
+SCHEDULES = ("paper", "step", "cosine")
+PRECISIONS = ("auto", "fp32", "bf16")
+WARMUP_FRACTION = 0.05  # of the whole length, "cosine" only
+DIVERGENCE_CHECK_STEPS = 100  # reading the loss waits for the device, so not every step
+
+
+class TrainingDiverged(UserError):
+    """The loss or the weights became nan or infinite."""
+
+
+class Evaluation(NamedTuple):
+    """top1 in [0, 1] and the mean cross-entropy loss in nats."""
+
+    top1: float
+    loss: float
+
+
+class EpochRecord(NamedTuple):
+    """What one epoch of `fit` did.
+
+    `epoch` counts from 1; `lr` is that of the epoch's last step; `train_top1` in [0, 1] and `train_loss` in nats are
+    means over the augmented images as they were trained on; `seconds` is the whole epoch with validation,
+    `images_per_second` the training part alone.
+    """
+
+    epoch: int
+    lr: float
+    train_loss: float
+    train_top1: float
+    validation_top1: float | None
+    validation_loss: float | None
+    seconds: float
+    images_per_second: float
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How `fit` trains: SGD without Nesterov, random shift by up to `padding` pixels, random mirroring (`flip`).
+
+    Raises:
+        UserError: listing every value that is out of range.
+    """
+
+    epochs: int
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    batch_size: int = 256
+    schedule: str = "cosine"
+    padding: int = 4
+    flip: bool = True
+    precision: str = "auto"
+
+    def __post_init__(self) -> None:
+        rules = {
+            "epochs": (self.epochs >= 1, "at least 1"),
+            "lr": (0 < self.lr < math.inf, "positive"),
+            "momentum": (0 <= self.momentum < 1, "in [0, 1)"),
+            "weight_decay": (0 <= self.weight_decay < math.inf, "0 or more"),
+            "batch_size": (self.batch_size >= 1, "at least 1"),
+            "schedule": (self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
+            "padding": (self.padding >= 0, "0 or more"),
+            "precision": (self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
+        }
+        wrong = [
+            f"{name} must be {rule}, but got {getattr(self, name)!r}" for name, (met, rule) in rules.items() if not met
+        ]
+        if wrong:
+            raise UserError("; ".join(wrong))
+
+
+def learning_rate(schedule: str, base_lr: float, epoch: float, epochs: int) -> float:
+    """The learning rate after `epoch` (may be fractional, 0 at the start) of `epochs` epochs.
+
+    "paper": x0.1 every 20 epochs, whatever the length. "step": x0.1 at 50 % and again at 75 % of the length.
+    "cosine": linear from 0 over the first 5 % of the length, then half a cosine down to 0. `fit` asks in the middle of
+    every step, so that no step is taken with 0, and a run of at most 10 steps has no warm-up that could be noticed.
+
+    Raises:
+        UserError: for an unknown schedule.
+
+    >>> [round(learning_rate("step", 0.1, epoch, 40), 6) for epoch in (0, 19.9, 20, 30)]
+    [0.1, 0.1, 0.01, 0.001]
+    """
+    progress = epoch / epochs
+    if schedule == "paper":
+        return base_lr * 0.1 ** (epoch // 20)
+    if schedule == "step":
+        return base_lr * 0.1 ** ((progress >= 0.5) + (progress >= 0.75))
+    if schedule == "cosine":
+        if progress < WARMUP_FRACTION:
+            return base_lr * progress / WARMUP_FRACTION
+        return base_lr * 0.5 * (1 + math.cos(math.pi * (progress - WARMUP_FRACTION) / (1 - WARMUP_FRACTION)))
+    raise UserError(f"schedule must be one of {', '.join(SCHEDULES)}, but got {schedule!r}")
+
+
+def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
+    """The dtype to autocast to: "auto" is bf16 where `device` computes in it, else fp32.
+
+    Raises:
+        UserError: for an unknown precision, or "bf16" on a device that would only emulate it.
+    """
+    if precision not in PRECISIONS:
+        raise UserError(f"precision must be one of {', '.join(PRECISIONS)}, but got {precision!r}")
+    supported = precision != "fp32" and _computes_bf16(device)
+    if precision == "bf16" and not supported:
+        raise UserError(f"precision must be auto or fp32 on {device}, which has no bf16 arithmetic, but got 'bf16'")
+    return torch.bfloat16 if supported else torch.float32
+
+
+def _computes_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # oneDNN's own query also says yes where it emulates bf16, slower than fp32; not every torch >= 2.6 has these two.
+    queries = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return device.type == "cpu" and any(query() for query in queries if query is not None)
+
+
+def evaluate(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -> Evaluation:
+    """Accuracy and loss on images in memory: inference mode, training flags as before.
+
+    Args:
+        model: classifier, (B, C, H, W) -> (B, classes).
+        images: (N, C, H, W) float, normalised, on the model's device.
+        labels: (N,) int64, on any device.
+        batch_size: images a forward pass, at least 1.
+
+    Raises:
+        UserError: for a batch size below 1 or no images.
+    """
+    _check_batching("images", len(images), batch_size)
+    return _evaluate_batches(model, zip(images.split(batch_size), labels.split(batch_size), strict=True))
+
+
+def evaluate_data(
+    model: nn.Module,
+    data: ImageData,
+    normalisation: Normalisation,
+    batch_size: int = 250,
+    precision: str = "fp32",
+) -> Evaluation:
+    """Accuracy and loss on a data set, batch by batch on the model's device, without augmentation.
+
+    Raises:
+        UserError: for a batch size below 1, no images, or a precision that the device does not have.
+    """
+    _check_batching("data", len(data), batch_size)
+    device = device_of(model)
+    dtype = resolve_precision(precision, device)
+    batches = (
+        (normalise(data.batch(indices), normalisation, device), data.labels[indices])
+        for indices in torch.arange(len(data)).split(batch_size)
+    )
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        return _evaluate_batches(model, batches)
+
+
+def _evaluate_batches(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Evaluation:
+    totals = _Totals(device_of(model))
+    with _training_flags_kept(model), torch.inference_mode():
+        model.eval()
+        for images, labels in batches:
+            logits = model(images).float()  # (B, classes)
+            labels = labels.to(logits.device)
+            totals.add(logits, labels, F.cross_entropy(logits, labels))
+    return Evaluation(totals.top1, totals.loss)
+
+
+@torch.no_grad()
+def recalibrate_batchnorm(model: nn.Module, images: Tensor, batch_size: int) -> None:
+    """Replace the running statistics of every batch norm by their mean over batches of `images`, in order.
+
+    The images are cut into ceil(N / batch_size) batches whose sizes differ by at most 1, so that no batch weighs more
+    than its images. Only batch norms are in training mode meanwhile (dropout is off, nothing is random); momentum and
+    training flags are restored. A model without batch norm statistics stays as it is.
+
+    Args:
+        model: changed in place: running_mean, running_var (unbiased), num_batches_tracked.
+        images: (N, C, H, W) float, normalised, on the model's device.
+        batch_size: the most images a batch; the statistics depend on it, as layers see batch-normalised inputs.
+
+    Raises:
+        UserError: for a batch size below 1 or no images.
+    """
+    _check_batching("images", len(images), batch_size)
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    if not norms:
+        return
+    momenta = [norm.momentum for norm in norms]
+    with _training_flags_kept(model):
+        model.eval()
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # cumulative average
+            norm.train()
+        try:
+            for batch in images.tensor_split(math.ceil(len(images) / batch_size)):  # (B, C, H, W)
+                model(batch)
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+
+
+def chosen_epoch(records: Sequence[EpochRecord]) -> int:
+    """The epoch whose weights `fit` leaves in the model: best validation top-1, then lowest loss, then earliest.
+
+    Without validation it is the last epoch; 0 without records.
+    """
+    validated = [record for record in records if record.validation_top1 is not None]
+    if not validated:
+        return records[-1].epoch if records else 0
+    return max(validated, key=lambda record: (record.validation_top1, -(record.validation_loss or 0.0))).epoch
+
+
+@dataclass
+class FitState:
+    """All that a fit carries from epoch to epoch. `best_weights` is the state dict of `chosen_epoch(records)`."""
+
+    model: nn.Module
+    optimizer: torch.optim.SGD
+    records: list[EpochRecord]
+    best_weights: dict[str, Tensor] | None = None
+
+    def save(self, folder: Path, settings: dict[str, Any]) -> None:
+        """Write the state, with the settings it belongs to, as one checkpoint."""
+        state = {
+            "weights": self.model.state_dict(),
+            "best_weights": self.best_weights,
+            "optimizer": self.optimizer.state_dict(),
+        }
+        tensors, structure = pack(state)
+        records = [record._asdict() for record in self.records]
+        save_state(folder, tensors, {"settings": settings, "records": records, "structure": structure})
+
+    def load(self, folder: Path, settings: dict[str, Any]) -> None:
+        """Go on from the checkpoint in `folder`; without one nothing changes.
+
+        Raises:
+            UserError: where it was made with other settings, or for a model of another shape.
+        """
+        saved = load_state(folder)
+        if saved is None:
+            return
+        _check_settings(folder, saved.data["settings"], settings)
+        state = unpack(saved.tensors, saved.data["structure"])
+        _check_shapes(folder, state["weights"], self.model.state_dict())
+        self.model.load_state_dict(state["weights"])
+        self.best_weights = state["best_weights"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        for parameter, slots in self.optimizer.state.items():
+            # In the parameter's memory format: a mixture of two may round the update differently in the last bit.
+            tensors = {name: slot for name, slot in slots.items() if isinstance(slot, Tensor)}
+            slots.update({name: torch.empty_like(parameter).copy_(slot) for name, slot in tensors.items()})
+        self.records = [EpochRecord(**record) for record in saved.data["records"]]
+
+
+def fit(
+    model: nn.Module,
+    train: ImageData,
+    validation: ImageData | None,
+    normalisation: Normalisation,
+    recipe: Recipe,
+    seed: int,
+    checkpoint_dir: Path | None = None,
+) -> Iterator[EpochRecord]:
+    """Train `model` in place, on its device, and yield a record after every epoch.
+
+    When the iterator is exhausted, the model holds the weights of `chosen_epoch(records)`; while it runs, those of the
+    epoch just yielded. Before a record is yielded the checkpoint of its epoch is on disk. A call that finds a
+    checkpoint of the same recipe and seed yields its records again and goes on, on a CPU bit-equal to a run that was
+    never broken off. A caller may change weights between epochs (soft pruning does), as a function of the weights
+    alone: it is then applied to the resumed weights as well.
+
+    Args:
+        model: classifier, (B, C, H, W) -> (B, classes); its memory format becomes channels_last, the fastest measured.
+        train: images that are trained on, augmented.
+        validation: images that choose the epoch, evaluated in fp32 after every epoch; None keeps the last epoch.
+        normalisation: of the model's weights.
+        recipe: how to train.
+        seed: fixes data order, augmentation and dropout; not the initial weights.
+        checkpoint_dir: folder of this run's checkpoint alone; None saves nothing.
+
+    Raises:
+        UserError: for an empty data set, a precision that the device does not have, or a checkpoint of another recipe,
+            seed, data size or model.
+        TrainingDiverged: while iterating, when loss or weights are not finite; the checkpoint before it is kept.
+    """
+    _check_batching("train", len(train), recipe.batch_size)
+    if validation is not None:
+        _check_batching("validation", len(validation), recipe.batch_size)
+    dtype = resolve_precision(recipe.precision, device_of(model))
+    job = _Job(train, validation, normalisation, recipe, seed, device_of(model), dtype)
+    model.to(memory_format=torch.channels_last)
+    state = FitState(model, _optimizer(model, recipe), [])
+    if checkpoint_dir is not None:
+        state.load(checkpoint_dir, job.settings)
+    return _epochs(state, job, checkpoint_dir)  # `fit` itself is no generator: its errors are raised by the call
+
+
+@dataclass(frozen=True)
+class _Job:
+    """The arguments of `fit`, checked, with the device and the dtype that they resolve to."""
+
+    train: ImageData
+    validation: ImageData | None
+    normalisation: Normalisation
+    recipe: Recipe
+    seed: int
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a checkpoint must agree on; the device may change."""
+        return {
+            **asdict(self.recipe),
+            "seed": self.seed,
+            "train_images": len(self.train),
+            "validation_images": 0 if self.validation is None else len(self.validation),
+        }
+
+
+def _epochs(state: FitState, job: _Job, checkpoint_dir: Path | None) -> Iterator[EpochRecord]:
+    model = state.model
+    yield from tuple(state.records)
+    for epoch in range(len(state.records) + 1, job.recipe.epochs + 1):
+        state.records.append(_run_epoch(state, job, epoch))
+        if job.validation is not None and chosen_epoch(state.records) == epoch:
+            state.best_weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        if checkpoint_dir is not None:
+            state.save(checkpoint_dir, job.settings)
+        yield state.records[-1]
+    if state.best_weights is not None:
+        model.load_state_dict(state.best_weights)
+
+
+def _run_epoch(state: FitState, job: _Job, epoch: int) -> EpochRecord:
+    start = time.perf_counter()
+    totals = _train_epoch(state, job, epoch)
+    loss, top1 = totals.loss, totals.top1  # waits for the device
+    train_seconds = time.perf_counter() - start
+    lr = state.optimizer.param_groups[0]["lr"]
+    if not math.isfinite(loss):
+        raise _diverged(job, epoch, lr, f"the training loss is {loss}")
+    if not all(tensor.isfinite().all() for tensor in state.model.state_dict().values()):
+        raise _diverged(job, epoch, lr, "weights or batch norm statistics are not finite")
+    scored = None if job.validation is None else evaluate_data(state.model, job.validation, job.normalisation)
+    if scored is not None and not math.isfinite(scored.loss):
+        raise _diverged(job, epoch, lr, f"the validation loss is {scored.loss}")
+    return EpochRecord(
+        epoch=epoch,
+        lr=lr,
+        train_loss=loss,
+        train_top1=top1,
+        validation_top1=None if scored is None else scored.top1,
+        validation_loss=None if scored is None else scored.loss,
+        seconds=time.perf_counter() - start,
+        images_per_second=len(job.train) / train_seconds,
+    )
+
+
+def _train_epoch(state: FitState, job: _Job, epoch: int) -> _Totals:
+    """One pass over the training images; all its randomness comes from (seed, epoch)."""
+    model, recipe, totals = state.model, job.recipe, _Totals(job.device)
+    generator = torch.Generator().manual_seed(_epoch_seed(job.seed, epoch))
+    order = torch.randperm(len(job.train), generator=generator)  # (N,)
+    steps = math.ceil(len(order) / recipe.batch_size)
+    with _training_flags_kept(model), _global_seed(_epoch_seed(job.seed, epoch), job.device):
+        model.train()
+        for step, indices in enumerate(order.tensor_split(steps)):
+            pixels = job.train.batch(indices).to(job.device)  # uint8 (B, C, H, W)
+            images = normalise(augment(pixels, generator, recipe.padding, recipe.flip), job.normalisation)
+            images = images.contiguous(memory_format=torch.channels_last)  # (B, C, H, W)
+            labels = job.train.labels[indices].to(job.device)  # (B,)
+
+            lr = learning_rate(recipe.schedule, recipe.lr, epoch - 1 + (step + 0.5) / steps, recipe.epochs)
+            state.optimizer.param_groups[0]["lr"] = lr
+
+            with torch.autocast(job.device.type, dtype=torch.bfloat16, enabled=job.dtype == torch.bfloat16):
+                logits = model(images)  # (B, classes)
+            loss = F.cross_entropy(logits.float(), labels)
+            state.optimizer.zero_grad()
+            loss.backward()
+            state.optimizer.step()
+
+            totals.add(logits.detach(), labels, loss.detach())
+            if (step + 1) % DIVERGENCE_CHECK_STEPS == 0 and not math.isfinite(totals.loss):
+                raise _diverged(job, epoch, lr, f"the training loss is {totals.loss}")
+    return totals
+
+
+class _Totals:
+    """Correct answers and summed loss, on the device; reading `top1` or `loss` waits for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums = torch.zeros(2, dtype=torch.float64, device=device)  # (2,): correct images, nats
+        self._count = 0
+
+    def add(self, logits: Tensor, labels: Tensor, mean_loss: Tensor) -> None:
+        """Add a batch: logits (B, classes), labels (B,), mean loss ()."""
+        correct = (logits.argmax(1) == labels).sum()
+        self._sums += torch.stack([correct.double(), mean_loss.double() * len(labels)])
+        self._count += len(labels)
+
+    @property
+    def top1(self) -> float:
+        return float(self._sums[0]) / self._count
+
+    @property
+    def loss(self) -> float:
+        return float(self._sums[1]) / self._count
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of the model's first parameter; the CPU for a model without parameters."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.SGD(parameters, recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+
+
+def _epoch_seed(seed: int, epoch: int) -> int:
+    return (seed * 1_000_003 + epoch) % 2**63  # seed 0 in epoch 2 must not repeat seed 1 in epoch 1
+
+
+@contextmanager
+def _global_seed(seed: int, device: torch.device) -> Iterator[None]:
+    """Dropout knows only the global generators: seed them, and put them back after."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _training_flags_kept(model: nn.Module) -> Iterator[None]:
+    """Restore `training` of every module, as `model.train()` would also set those that were frozen."""
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+def _diverged(job: _Job, epoch: int, lr: float, what: str) -> TrainingDiverged:
+    remedy = "lower lr" if job.dtype == torch.float32 else "lower lr or set precision to fp32"
+    return TrainingDiverged(
+        f"training diverged in epoch {epoch} at learning rate {lr:.3g} (lr={job.recipe.lr:g}): {what}; {remedy}. "
+        f"Nothing of epoch {epoch} was saved"
+    )
+
+
+def _check_batching(name: str, images: int, batch_size: int) -> None:
+    if images < 1 or batch_size < 1:
+        raise UserError(
+            f"{name} must hold at least 1 image and batch_size be at least 1, but got {images=}, {batch_size=}"
+        )
+
+
+def _check_settings(folder: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+    differing = [
+        f"{key} (checkpoint {saved.get(key)!r}, now {wanted.get(key)!r})"
+        for key in sorted(saved.keys() | wanted.keys())
+        if saved.get(key) != wanted.get(key)
+    ]
+    if differing:
+        raise UserError(
+            f"the checkpoint in {folder} was made with other settings: {', '.join(differing)}; "
+            "set them back to resume, or choose another folder to start anew"
+        )
+
+
+def _check_shapes(folder: Path, saved: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    shapes = [{name: tuple(tensor.shape) for name, tensor in weights.items()} for weights in (saved, wanted)]
+    differing = [
+        f"{name} (checkpoint {shapes[0].get(name)}, now {shapes[1].get(name)})"
+        for name in sorted(shapes[0].keys() | shapes[1].keys())
+        if shapes[0].get(name) != shapes[1].get(name)
+    ]
+    if differing:
+        raise UserError(
+            f"the checkpoint in {folder} is of another model: {', '.join(differing[:8])}"
+            f"{f' and {len(differing) - 8} more' if len(differing) > 8 else ''}; choose another folder to start anew"
+        )

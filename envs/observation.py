@@ -1,0 +1,94 @@
+"""What the agent sees: a pure function of (groups, counts chosen so far, budget), so an episode can be told again for
+another target.
+
+Features of a step, all in [0, 1] (AMC's state, He et al., ECCV 2018, with the target of CACP in front):
+
+    0   target: the kept fraction asked for (the mean, where a budget has several)
+    1   position of the group among the prunable ones
+    2-9 of the first layer that produces the group, min-max normalised over the groups: channels, input channels,
+        feature-map height, kernel, stride, parameters and MACs of the layer, MACs of the layers that read the group
+    10  fraction of the dense MACs that stays if all remaining groups are kept whole
+    11  fraction of the dense MACs that stays if all remaining groups are pruned to their minimum
+    12  even share: the keep ratio at which the remaining groups share the rest of the budget evenly
+    13  least feasible keep ratio of this group
+    14  largest feasible keep ratio of this group
+    15  previous keep ratio (1 before the first group)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from cacp.budget import KeepInterval
+from cacp.cost import CostModel
+from cacp.schema import Budget, ChannelGroup, ChannelGroups
+
+FEATURES = 16
+_STATIC = slice(2, 10)
+
+
+def static_features(groups: ChannelGroups) -> np.ndarray:
+    """(G, 8) float64 features of the prunable groups, min-max normalised over them; 0 where all are equal."""
+    rows = np.array([_group_features(groups, group) for group in groups.prunable], dtype=np.float64)
+    least = rows.min(axis=0)
+    spread = rows.max(axis=0) - least
+    return (rows - least) / np.where(spread > 0, spread, 1.0)
+
+
+def _group_features(groups: ChannelGroups, group: ChannelGroup) -> list[float]:
+    layers = {layer.module: layer for layer in groups.layers}
+    producers = [layers[name] for name in group.producers if name in layers]
+    first = producers[0]
+    inputs = _entries(groups, first.inputs.segments) * first.inputs.repeat if first.inputs else 1
+    readers = [layers[name] for name in group.consumers if name in layers]
+    reading_macs = sum(
+        layer.macs_per_pair * _entries(groups, layer.inputs.segments) * _entries(groups, layer.outputs.segments)
+        for layer in readers
+        if layer.inputs
+    )
+    return [
+        group.channels,
+        inputs,
+        first.height,
+        first.kernel,
+        first.stride,
+        first.params_per_pair * inputs * group.channels,
+        first.macs_per_pair * inputs * group.channels,
+        reading_macs,
+    ]
+
+
+def _entries(groups: ChannelGroups, segments: Sequence[str]) -> int:
+    return sum(groups[name].channels for name in segments)
+
+
+def observe(
+    static: np.ndarray, cost_model: CostModel, budget: Budget, chosen: Sequence[int], interval: KeepInterval | None
+) -> np.ndarray:
+    """(FEATURES,) float32 before the count of group number `len(chosen)` is chosen.
+
+    Args:
+        static: (G, 8) from `static_features`.
+        cost_model: of the same groups.
+        budget: of the episode.
+        chosen: counts so far.
+        interval: feasible counts of this group; None after the last group, whose observation keeps the last step's
+            static features and a closed interval.
+    """
+    channels, step = cost_model.channels, len(chosen)
+    group = min(step, len(channels) - 1)
+    rest = np.stack([channels, cost_model.min_keep]).astype(np.float64)  # (2, G)
+    rest[:, :step] = chosen
+    fractions = cost_model.costs(rest)[:, 0] / cost_model.dense.macs
+    last = chosen[-1] / channels[step - 1] if step else 1.0
+    low, even, high = interval or KeepInterval(chosen[-1], chosen[-1], chosen[-1])
+    observation = np.empty(FEATURES, dtype=np.float32)
+    observation[0] = np.mean(list(budget.targets.values()))
+    observation[1] = step / len(channels)
+    observation[_STATIC] = static[group]
+    observation[10:12] = fractions
+    observation[12:15] = np.array([even, low, high]) / channels[group]
+    observation[15] = last
+    return observation

@@ -1,0 +1,153 @@
+"""Turn the policies of a run into sliced models, check them and measure them.
+
+    python export.py runs/digits_resnet56
+
+Writes export/NAME/ for every policy: architecture.json, model.safetensors, report.json. Run again, it
+skips what is done.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cacp.checkpoint import load_json, load_tensors, save_json
+from cacp.config import experiment_from, parse
+from cacp.cost import counted_cost
+from cacp.exporting import Architecture, Latency, load_pruned, measure_latency, save_pruned
+from cacp.pipeline import Workbench, build_workbench, environment, run_command, select_device
+from cacp.policies import load_policies
+from cacp.reporting import console, millions, percent, table
+from cacp.schema import PolicyRecord, UserError
+from cacp.training import device_of
+
+SCORE_TOLERANCE = 0.005  # of top-1 between search and export, both fp32 on the same images
+LATENCY_BATCHES = (1, 64)  # images
+
+
+def main() -> None:
+    experiment = experiment_from(parse("export", "Write the pruned models of a run.", sys.argv[1:], run_argument=True))
+    select_device(experiment.device)
+    records = load_policies(experiment.folder)
+    folders = {record.budget.name: experiment.folder / "export" / record.budget.name for record in records}
+    bench: Workbench | None = None
+    for record in records:
+        folder = folders[record.budget.name]
+        if is_current(folder, record):
+            continue
+        bench = bench or build_workbench(experiment)
+        export(bench, experiment.model, record, folder)
+        console.print(f"exported {folder}")
+    reports = {name: load_json(folder / "report.json") for name, folder in folders.items()}
+    show_reports(reports, experiment.folder)
+    console.print(f"next: bash scripts/finetune.sh {experiment.folder}")
+
+
+def is_current(folder: Path, record: PolicyRecord) -> bool:
+    """Whether the folder holds the export of exactly this policy."""
+    return (folder / "report.json").is_file() and load_json(folder / "report.json")["policy"] == record.to_json()
+
+
+def export(bench: Workbench, model_name: str, record: PolicyRecord, folder: Path) -> None:
+    """Slice, save, load again, compare, count, score and time one policy; report.json last.
+
+    Raises:
+        UserError: if the loaded model differs, its counted cost is not the closed form's, or its score is not that of
+            the search.
+    """
+    dense = bench.dense
+    sliced = bench.rescorer.sliced(record.policy)
+    cost = bench.cost_model.cost([len(record.policy.keep[name]) for name in bench.cost_model.names])
+    architecture = Architecture(
+        model=model_name,
+        classes=dense.classes,
+        input_shape=dense.image_shape,
+        normalisation=dense.normalisation,
+        scope=record.scope,
+        keep_counts=record.policy.counts,
+        cost=cost,
+        dense_cost=bench.cost_model.dense,
+    )
+    save_pruned(folder, sliced, architecture)
+    loaded = load_pruned(folder).to(device_of(sliced)).to(memory_format=torch.channels_last)
+    check_parity(sliced, loaded, bench)
+    counted = counted_cost(loaded, dense.image_shape)
+    if counted != cost:
+        raise UserError(f"{folder}: the exported model costs {counted}, but the closed form says {cost}; report this")
+    evaluation = bench.rescorer.evaluate(loaded)
+    difference = abs(evaluation.top1 - record.score.top1)
+    if difference > SCORE_TOLERANCE:
+        raise UserError(
+            f"{folder}: top-1 is {percent(evaluation.top1)} % now, but was {percent(record.score.top1)} % in the "
+            "search; "
+            "dense weights, data or calibration images are not those of the search"
+        )
+    latencies = {
+        f"batch {batch}": dict(zip(("dense", "pruned"), map(_latency, pair), strict=True))
+        for batch in LATENCY_BATCHES
+        for pair in [measure_latency([dense.model, loaded], dense.image_shape, batch)]
+    }
+    report = {
+        "policy": record.to_json(),
+        "dense": {**bench.cost_model.dense._asdict(), "validation_top1": dense.validation_top1},
+        "pruned": {**cost._asdict(), "counted_macs": counted.macs, "size_bytes": _size(folder)},
+        "score_at_search": {"top1": record.score.top1, "loss": record.score.loss},
+        "score_at_export": evaluation._asdict(),
+        "bit_equal_after_loading": True,
+        "latency_ms": latencies,
+        "environment": environment(bench.seed),
+    }
+    save_json(folder / "report.json", report)
+
+
+def check_parity(sliced: nn.Module, loaded: nn.Module, bench: Workbench) -> None:
+    """Refuse a loaded model whose output differs in a single bit.
+
+    Raises:
+        UserError: if it does.
+    """
+    images = torch.rand(8, *bench.dense.image_shape, generator=torch.Generator().manual_seed(0))
+    images = images.to(next(sliced.parameters()).device)
+    with torch.inference_mode():
+        if not torch.equal(sliced(images), loaded(images)):
+            raise UserError("the exported model, loaded again, gives other outputs; report this with the policy file")
+
+
+def _latency(latency: Latency) -> dict[str, float]:
+    return {"median": latency.median_ms, "interquartile_range": latency.spread_ms}
+
+
+def _size(folder: Path) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in load_tensors(folder / "model.safetensors").values())
+
+
+def show_reports(reports: dict[str, dict[str, Any]], folder: Path) -> None:
+    columns = ["model", "MACs", "of dense", "parameters", "top-1, %", f"ms, {LATENCY_BATCHES[-1]} images", "faster"]
+    rows: list[list[str]] = []
+    for name, report in reports.items():
+        dense, pruned = report["dense"], report["pruned"]
+        latency = report["latency_ms"][f"batch {LATENCY_BATCHES[-1]}"]
+        dense_ms, pruned_ms = (latency[key]["median"] for key in ("dense", "pruned"))
+        if not rows:
+            macs, params = millions(dense["macs"]), millions(dense["params"])
+            rows.append(
+                ["dense", macs, "1.000", params, percent(dense["validation_top1"]), f"{dense_ms:.1f}", "1.00 x"]
+            )
+        rows.append(
+            [
+                name,
+                millions(pruned["macs"]),
+                f"{pruned['macs'] / dense['macs']:.3f}",
+                millions(pruned["params"]),
+                percent(report["score_at_export"]["top1"]),
+                f"{pruned_ms:.1f}",
+                f"{dense_ms / pruned_ms:.2f} x",
+            ]
+        )
+    console.print(table(f"exported models of {folder}, before fine-tuning (validation images)", columns, rows))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,148 @@
+"""Fine-tune every exported model of a run, one after another; the test set is read once, at the end of each.
+
+    python finetune.py runs/digits_resnet56
+
+Writes finetune/NAME/: architecture.json and model.safetensors (load_pruned reads them), result.json with dense, before
+and after, epochs.csv, TensorBoard events, checkpoint/. Run again, it skips what is done and goes on with the rest.
+"""
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from cacp.checkpoint import load_json, save_json
+from cacp.config import Experiment, experiment_from, parse
+from cacp.data import Splits, load_dataset
+from cacp.exporting import ARCHITECTURE, load_architecture, load_pruned, save_pruned
+from cacp.pipeline import DenseModel, environment, load_dense, load_splits, run_command, select_device
+from cacp.reporting import console, millions, percent, table, track_training
+from cacp.schema import UserError
+from cacp.training import EpochRecord, Recipe, chosen_epoch, evaluate_data, fit
+
+
+def main() -> None:
+    description = "Fine-tune the exported models of a run."
+    experiment = experiment_from(parse("finetune", description, sys.argv[1:], run_argument=True))
+    device = select_device(experiment.device)
+    exports = sorted(path.parent for path in (experiment.folder / "export").glob(f"*/{ARCHITECTURE}"))
+    if not exports:
+        raise UserError(f"{experiment.folder} holds no exported model; run export.py {experiment.folder} first")
+    folders = {export.name: experiment.folder / "finetune" / export.name for export in exports}
+    recipe = recipe_of(experiment)
+    waiting = [export for export in exports if not is_done(folders[export.name], recipe)]
+    if waiting:
+        splits = load_splits(experiment)
+        dense = load_dense(experiment, splits, device)
+        for export in waiting:
+            folder = folders[export.name]
+            model, records = train(experiment, recipe, export, folder, splits, dense)
+            finish(experiment, recipe, export, folder, model, records, dense)
+    show_results({name: load_json(folder / "result.json") for name, folder in folders.items()}, experiment.folder)
+
+
+def recipe_of(experiment: Experiment) -> Recipe:
+    return Recipe(
+        epochs=experiment.finetune_epochs,
+        lr=experiment.finetune_lr,
+        weight_decay=experiment.weight_decay,
+        batch_size=experiment.batch_size,
+        schedule=experiment.finetune_schedule,
+        padding=experiment.crop_padding,
+        flip=experiment.flip,
+        precision=experiment.precision,
+    )
+
+
+def is_done(folder: Path, recipe: Recipe) -> bool:
+    """Whether the folder holds a finished fine-tuning by this recipe.
+
+    Raises:
+        UserError: if it holds one by another recipe.
+    """
+    path = folder / "result.json"
+    if not path.is_file():
+        return False
+    there, here = load_json(path)["recipe"], asdict(recipe)
+    different = [f"{key}: {there.get(key)!r} -> {here[key]!r}" for key in here if there.get(key) != here[key]]
+    if different:
+        raise UserError(
+            f"{folder} was fine-tuned by another recipe:\n  "
+            + "\n  ".join(different)
+            + "\nuse the same settings, or move that folder away"
+        )
+    return True
+
+
+def train(
+    experiment: Experiment, recipe: Recipe, export: Path, folder: Path, splits: Splits, dense: DenseModel
+) -> tuple[nn.Module, list[EpochRecord]]:
+    """Fine-tune one exported model.
+
+    Validation picks the epoch only where the weights have never seen its images; else the last epoch stays.
+    """
+    model = load_pruned(export).to(next(dense.model.parameters()).device)
+    validation = splits.validation if dense.validation_unseen else None
+    epochs = fit(model, splits.train, validation, dense.normalisation, recipe, experiment.seed, folder / "checkpoint")
+    return model, track_training(epochs, recipe.epochs, folder, f"finetune {export.name}")
+
+
+def finish(
+    experiment: Experiment,
+    recipe: Recipe,
+    export: Path,
+    folder: Path,
+    model: nn.Module,
+    records: list[EpochRecord],
+    dense: DenseModel,
+) -> None:
+    """Read the test set, once, and write the model and its result; result.json last."""
+    test = load_dataset(experiment.dataset, "test", Path(experiment.data_dir), experiment.image_size)
+    before = load_pruned(export).to(next(dense.model.parameters()).device)
+    tops = {
+        name: evaluate_data(candidate, test, dense.normalisation).top1
+        for name, candidate in (("dense", dense.model), ("before", before), ("after", model))
+    }
+    architecture = load_architecture(export)
+    save_pruned(folder, model.cpu(), architecture)
+    result: dict[str, Any] = {
+        "test_top1": tops,
+        "test_images": len(test),
+        "cost": architecture.cost._asdict(),
+        "dense_cost": architecture.dense_cost._asdict(),
+        "epochs": len(records),
+        "chosen_epoch": chosen_epoch(records),
+        "chosen_because": (
+            "best validation top-1; the dense weights never saw the validation images"
+            if dense.validation_unseen
+            else "last epoch; the dense weights have seen the validation images, so they cannot pick one"
+        ),
+        "seconds": sum(record.seconds for record in records),
+        "images_per_second": records[-1].images_per_second,
+        "recipe": asdict(recipe),
+        "environment": environment(experiment.seed),
+    }
+    save_json(folder / "result.json", result)
+
+
+def show_results(results: dict[str, dict[str, Any]], folder: Path) -> None:
+    columns = ["model", "MACs", "parameters", "dense, %", "before, %", "after, %", "after - dense", "epoch", "seconds"]
+    rows = [
+        [
+            name,
+            millions(result["cost"]["macs"]),
+            millions(result["cost"]["params"]),
+            *(percent(result["test_top1"][key]) for key in ("dense", "before", "after")),
+            f"{100 * (result['test_top1']['after'] - result['test_top1']['dense']):+.2f}",
+            f"{result['chosen_epoch']} of {result['epochs']}",
+            f"{result['seconds']:.0f}",
+        ]
+        for name, result in results.items()
+    ]
+    console.print(table(f"fine-tuned models of {folder}, top-1 on the test images", columns, rows))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,69 @@
+"""Make the dense model of a run: train it, or take published weights or those of a file.
+
+    python pretrain.py --config configs/digits_resnet56.yaml
+
+Writes runs/NAME/dense/: model.safetensors, result.json, and while training epochs.csv, TensorBoard events and a
+checkpoint. Run again, it goes on where it stopped, or says that it is done.
+"""
+
+import sys
+
+import torch
+
+from cacp.checkpoint import load_json
+from cacp.config import Experiment, experiment_from, parse
+from cacp.data import Splits, channel_statistics
+from cacp.models import build_model
+from cacp.pipeline import import_weights, load_splits, open_run, run_command, save_dense, select_device
+from cacp.reporting import console, percent, track_training
+from cacp.training import Recipe, chosen_epoch, fit
+
+
+def main() -> None:
+    experiment = experiment_from(parse("pretrain", "Make the dense model of a run.", sys.argv[1:]))
+    device = select_device(experiment.device)
+    open_run(experiment)
+    folder = experiment.folder / "dense"
+    if not (folder / "result.json").is_file():
+        splits = load_splits(experiment)
+        if experiment.weights == "train":
+            train_dense(experiment, splits, device)
+        else:
+            import_weights(experiment, splits, device)
+    result = load_json(folder / "result.json")
+    console.print(
+        f"dense {result['model']}: {percent(result['validation_top1'])} % top-1 on {result['validation_images']} "
+        f"validation images, in {folder}"
+    )
+
+
+def train_dense(experiment: Experiment, splits: Splits, device: torch.device) -> None:
+    """Train from scratch; the validation images are held out and pick the epoch."""
+    recipe = Recipe(
+        epochs=experiment.pretrain_epochs,
+        lr=experiment.pretrain_lr,
+        weight_decay=experiment.weight_decay,
+        batch_size=experiment.batch_size,
+        schedule=experiment.pretrain_schedule,
+        padding=experiment.crop_padding,
+        flip=experiment.flip,
+        precision=experiment.precision,
+    )
+    folder = experiment.folder / "dense"
+    model = build_model(experiment.model, len(splits.train.classes), seed=experiment.seed).to(device)
+    normalisation = channel_statistics(splits.train)
+    epochs = fit(model, splits.train, splits.validation, normalisation, recipe, experiment.seed, folder / "checkpoint")
+    records = track_training(epochs, recipe.epochs, folder, f"train {experiment.model}")
+    origin = {
+        "source": "trained by pretrain.py",
+        "sha256": None,
+        "trained_on": f"{len(splits.train)} training images without the validation images",
+        "validation_unseen": True,
+        "chosen_epoch": chosen_epoch(records),
+        "epochs": recipe.epochs,
+    }
+    save_dense(experiment, model, normalisation, splits, origin)
+
+
+if __name__ == "__main__":
+    run_command(main)

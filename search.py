@@ -1,0 +1,251 @@
+"""Search pruning policies for all targets in one run, or ask the agent of a finished search for another target.
+
+    python search.py --config configs/digits_resnet56.yaml
+    python search.py --ask 0.45 --output runs/digits_resnet56
+
+Writes into the run folder: search/ (episodes.csv, TensorBoard events, checkpoint/, agent/) and policies/NAME.json, the
+best policy of every target. Run again, it goes on from the last checkpoint, or says that it is done.
+"""
+
+import sys
+import time
+
+from agents import ConditionalDDPG, EpisodeEnd, RandomSearch, Searcher
+from cacp.budget import check_reachable, even_ratio, reachable_fractions, uniform_counts
+from cacp.checkpoint import load_state, load_tensors, save_state, save_tensors
+from cacp.config import Experiment, experiment_from, parse
+from cacp.history import Episode, History, target_budgets
+from cacp.importance import channel_orders
+from cacp.pipeline import (
+    Workbench,
+    build_workbench,
+    open_run,
+    run_command,
+    select_device,
+)
+from cacp.policies import missing_policies, save_policy
+from cacp.reporting import (
+    ProgressLine,
+    console,
+    log_best_policy,
+    log_episode,
+    millions,
+    percent,
+    search_logger,
+    show_policies,
+    table,
+)
+from cacp.reward import top1_reward
+from cacp.schema import Budget, Policy, PolicyRecord, Score, UserError
+from cacp.slicing import counts_policy
+from envs import ChannelPruningEnv, EpisodeResult
+
+CHECKPOINT_EPISODES = 10  # a kill loses at most so many episodes
+RESCORED = 10  # best policies of a target that are scored again: maxima over noisy scores are biased
+
+
+def main() -> None:
+    namespace = parse("search", "Search pruning policies for all targets in one run.", sys.argv[1:])
+    experiment = experiment_from(namespace)
+    select_device(experiment.device)  # refuse before anything is written
+    if namespace.ask is not None:
+        ask(experiment, namespace.ask)
+        return
+    open_run(experiment)
+    budgets = target_budgets(experiment.targets)
+    names = [budget.name for budget in budgets]
+    if missing_policies(experiment.folder, names, method_name(experiment)):
+        search(experiment, Ranked(build_workbench(experiment), experiment.criterion), budgets)
+    show_policies(experiment.folder, names)
+
+
+class Ranked:
+    """A workbench with the channels of every group ranked: keep counts -> policy -> score."""
+
+    def __init__(self, bench: Workbench, criterion: str) -> None:
+        self.bench = bench
+        self._criterion = criterion
+        self._orders = channel_orders(bench.importance(criterion))
+
+    def policy(self, counts: tuple[int, ...]) -> Policy:
+        return counts_policy(self.bench.groups, counts, self._orders, self._criterion)
+
+    def score(self, counts: tuple[int, ...]) -> Score:
+        return self.bench.scorer(self.policy(counts))
+
+    def rescore(self, counts: tuple[int, ...]) -> Score:
+        return self.bench.rescorer(self.policy(counts))
+
+
+def search(experiment: Experiment, ranked: Ranked, budgets: list[Budget]) -> None:
+    """Play the episodes, then write the best policy of every target."""
+    bench, folder = ranked.bench, experiment.folder / "search"
+    console.print(f"dense {experiment.model}: {percent(bench.dense.validation_top1)} % top-1 on the validation images")
+    show_reachable(bench, budgets)
+    env = ChannelPruningEnv(bench.groups, ranked.score, top1_reward, experiment.targets)
+    agent = make_agent(experiment, env)
+    finished = 0
+    saved = load_state(folder / "checkpoint")
+    if saved:
+        finished = int(saved.data["episode"])
+        agent.load_state(saved.tensors, saved.data["agent"])
+        env.episodes_started = finished
+        console.print(f"going on after episode {finished} of {experiment.episodes}")
+    history = History(folder / "episodes.csv", bench.cost_model.dense, budgets, finished)
+    play(experiment, bench, env, agent, history, budgets)
+    save_tensors(folder / "agent" / "networks.safetensors", agent.policy_state())
+    for budget in budgets:
+        save_policy(experiment.folder, best_record(experiment, ranked, history, budget))
+
+
+def method_name(experiment: Experiment) -> str:
+    return f"search {experiment.agent}"
+
+
+def make_agent(experiment: Experiment, env: ChannelPruningEnv) -> Searcher:
+    if experiment.agent == "random":
+        return RandomSearch(env, seed=experiment.seed)
+    return ConditionalDDPG(env, seed=experiment.seed, warmup_episodes=experiment.warmup_episodes)
+
+
+def play(
+    experiment: Experiment,
+    bench: Workbench,
+    env: ChannelPruningEnv,
+    agent: Searcher,
+    history: History,
+    budgets: list[Budget],
+) -> None:
+    """The episodes that are left, each logged; a checkpoint every few."""
+    folder, names, channels = experiment.folder / "search", bench.cost_model.names, bench.cost_model.channels
+    finished, clock = len(history.episodes), time.monotonic()
+    logger = search_logger(folder, finished + 1)
+    agent.set_logger(logger)
+    shown: dict[str, tuple[int, ...]] = {}
+    with ProgressLine("search", experiment.episodes, finished) as progress:
+
+        def on_episode(end: EpisodeEnd) -> None:
+            nonlocal clock
+            now = time.monotonic()
+            episode = finished_episode(end, now - clock)
+            clock = now
+            history.append(episode)
+            leader = history.leaders.get(Budget({"macs": episode.target}).name, episode)
+            log_episode(logger, episode, names, channels.tolist(), leader.top1)
+            last = end.episode == experiment.episodes
+            if last or end.episode % CHECKPOINT_EPISODES == 0:
+                for budget in budgets:
+                    best = history.leaders.get(budget.name)
+                    if best and shown.get(budget.name) != best.counts:
+                        shown[budget.name] = best.counts
+                        log_best_policy(logger, bench.groups, budget, best)
+                tensors, data = agent.state()
+                save_state(folder / "checkpoint", tensors, {"episode": end.episode, "agent": data})
+            logger.dump(end.episode)
+            bests = (f"{name} {100 * row.top1:.1f} %" for name, row in history.leaders.items())
+            progress.advance("best " + ", ".join(bests))
+
+        agent.run(experiment.episodes - finished, on_episode)
+    logger.close()
+
+
+def finished_episode(end: EpisodeEnd, seconds: float) -> Episode:
+    result: EpisodeResult = end.info["result"]
+    return Episode(
+        episode=end.episode,
+        target=result.budget.targets["macs"],
+        reward=result.reward,
+        top1=result.score.top1,
+        loss=result.score.loss,
+        macs=result.score.cost.macs,
+        params=result.score.cost.params,
+        noise=end.sigma,
+        seconds=seconds,
+        counts=result.counts,
+    )
+
+
+def best_record(experiment: Experiment, ranked: Ranked, history: History, budget: Budget) -> PolicyRecord:
+    """Score the best policies of a target again, on images that did not choose them; the best there wins.
+
+    Raises:
+        UserError: if no episode was played for the target.
+    """
+    candidates = history.best(budget, RESCORED)
+    if not candidates:
+        raise UserError(
+            f"no episode met {budget.name}; {experiment.episodes} episodes are too few for "
+            f"{len(experiment.targets)} targets, use --episodes"
+        )
+    winner = max(candidates, key=lambda row: (ranked.rescore(row.counts).top1, -ranked.rescore(row.counts).loss))
+    cost = ranked.bench.cost_model.cost(winner.counts)
+    return PolicyRecord(
+        policy=ranked.policy(winner.counts),
+        budget=budget,
+        score=ranked.rescore(winner.counts),
+        search_score=Score(winner.top1, winner.loss, cost),
+        method=method_name(experiment),
+        episode=winner.episode,
+        scope=experiment.scope,
+    )
+
+
+def ask(experiment: Experiment, target: float) -> None:
+    """One greedy roll-out of a finished search's agent at any target, scored, as policies/NAME.json.
+
+    A policy that is there already is shown, not replaced.
+
+    Raises:
+        UserError: if the search is not finished, or the target cannot be met.
+    """
+    budget = Budget({"macs": target})
+    networks = experiment.folder / "search" / "agent" / "networks.safetensors"
+    if not networks.is_file():
+        raise UserError(f"{experiment.folder} holds no finished search; run search.py on it first")
+    if missing_policies(experiment.folder, [budget.name], method_name(experiment)):
+        ranked = Ranked(build_workbench(experiment), experiment.criterion)
+        env = ChannelPruningEnv(ranked.bench.groups, ranked.score, top1_reward, [target])
+        agent = make_agent(experiment, env)
+        agent.load_policy_state(load_tensors(networks))
+        observation, info = env.reset()
+        while "result" not in info:
+            observation, _, _, _, info = env.step(agent.act(observation))
+        result: EpisodeResult = info["result"]
+        save_policy(
+            experiment.folder,
+            PolicyRecord(
+                policy=ranked.policy(result.counts),
+                budget=budget,
+                score=ranked.rescore(result.counts),
+                search_score=result.score,
+                method=method_name(experiment),
+                episode=0,
+                scope=experiment.scope,
+            ),
+        )
+    show_policies(experiment.folder, [budget.name])
+
+
+def show_reachable(bench: Workbench, budgets: list[Budget]) -> None:
+    """A table of what can be reached, before the first episode; a budget that can't be is refused."""
+    for budget in budgets:
+        check_reachable(bench.cost_model, budget)
+    dense, least = bench.cost_model.dense, reachable_fractions(bench.cost_model)
+    rows = [
+        [
+            budget.name,
+            millions(int(budget.targets["macs"] * dense.macs)),
+            f"{even_ratio(bench.cost_model, budget):.3f}",
+            millions(bench.cost_model.cost(uniform_counts(bench.cost_model, budget)).macs),
+        ]
+        for budget in budgets
+    ]
+    title = (
+        f"{len(bench.groups.prunable)} prunable groups; dense {millions(dense.macs)} MACs, {millions(dense.params)} "
+        f"parameters; reachable: macs {least['macs']:.3f} to 1"
+    )
+    console.print(table(title, ["budget", "MACs at most", "uniform keep ratio", "uniform MACs"], rows))
+
+
+if __name__ == "__main__":
+    run_command(main)

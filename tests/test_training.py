@@ -1,0 +1,379 @@
+"""Schedules, evaluation, batch norm recalibration and fitting, against hand formulas and interrupted runs."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cacp.checkpoint import load_state
+from cacp.data import ImageData, normalise
+from cacp.schema import Normalisation, UserError
+from cacp.training import (
+    EpochRecord,
+    Evaluation,
+    Recipe,
+    TrainingDiverged,
+    chosen_epoch,
+    evaluate,
+    evaluate_data,
+    fit,
+    learning_rate,
+    recalibrate_batchnorm,
+    resolve_precision,
+)
+
+NORMALISATION = Normalisation((0.5,), (0.25,))
+RECIPE = Recipe(epochs=5, lr=0.05, batch_size=32, padding=1, flip=False, precision="fp32")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def bars(count: int, seed: int = 0) -> ImageData:
+    """8 x 8 noise with a bright row (class 0), column (1) or diagonal (2): (count, 1, 8, 8)."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % 3
+    images = torch.randint(0, 120, (count, 1, 8, 8), generator=generator, dtype=torch.uint8)
+    for image, label in zip(images, labels.tolist(), strict=True):
+        place = int(torch.randint(2, 6, (), generator=generator))
+        shape = {0: torch.zeros(8, 8), 1: torch.zeros(8, 8), 2: torch.eye(8)}[label]
+        if label == 0:
+            shape[place] = 1
+        elif label == 1:
+            shape[:, place] = 1
+        image[0][shape.bool()] = 255
+    return ImageData(images, labels, ("row", "column", "diagonal"))
+
+
+def tiny_cnn(dropout: float = 0.0) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 12, 3, padding=1, bias=False),
+        nn.BatchNorm2d(12),
+        nn.ReLU(),
+        nn.Conv2d(12, 12, 3, padding=1, bias=False),
+        nn.BatchNorm2d(12),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Dropout(dropout),
+        nn.Linear(12, 3),
+    )
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_equal_weights(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+def without_times(records: list[EpochRecord]) -> list[EpochRecord]:
+    return [record._replace(seconds=0.0, images_per_second=0.0) for record in records]
+
+
+# --- learning rate and recipe
+
+
+@pytest.mark.parametrize(
+    ("schedule", "epoch", "expected"),
+    [
+        ("paper", 0, 0.1),
+        ("paper", 19.99, 0.1),
+        ("paper", 20, 0.01),
+        ("paper", 80, 1e-5),
+        ("step", 199.9, 0.1),
+        ("step", 200, 0.01),
+        ("step", 299.9, 0.01),
+        ("step", 300, 0.001),
+        ("cosine", 0, 0.0),
+        ("cosine", 10, 0.05),  # half of the warm-up of 20 epochs
+        ("cosine", 20, 0.1),
+        ("cosine", 210, 0.05),  # half of the remaining 380
+        ("cosine", 305, 0.1 * 0.5 * (1 - math.sqrt(0.5))),  # three quarters: cos(135 deg)
+        ("cosine", 400, 0.0),
+    ],
+)
+def test_learning_rate_has_the_hand_values_of_400_epochs(schedule: str, epoch: float, expected: float) -> None:
+    assert learning_rate(schedule, 0.1, epoch, 400) == pytest.approx(expected, rel=1e-9, abs=1e-15)
+
+
+def test_step_falls_over_whatever_length() -> None:
+    assert [learning_rate("step", 1.0, epoch, 4) for epoch in range(4)] == pytest.approx([1.0, 1.0, 0.1, 0.01])
+
+
+def test_an_unknown_schedule_is_named() -> None:
+    with pytest.raises(UserError, match="one of paper, step, cosine, but got 'linear'"):
+        learning_rate("linear", 0.1, 0, 10)
+
+
+def test_a_recipe_lists_every_wrong_value() -> None:
+    with pytest.raises(UserError) as error:
+        Recipe(epochs=0, lr=-1.0, schedule="linear", precision="fp16")
+    for part in ("epochs must be at least 1, but got 0", "lr", "-1.0", "'linear'", "'fp16'"):
+        assert part in str(error.value)
+    assert "momentum" not in str(error.value)
+
+
+def test_precision_follows_what_the_cpu_computes_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
+    assert [resolve_precision(name, cpu) for name in ("auto", "bf16", "fp32")] == [
+        torch.bfloat16,
+        torch.bfloat16,
+        torch.float32,
+    ]
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert resolve_precision("auto", cpu) == torch.float32
+    with pytest.raises(UserError, match="auto or fp32 on cpu, which has no bf16"):
+        resolve_precision("bf16", cpu)
+    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")  # a torch without the query
+    assert resolve_precision("auto", cpu) == torch.float32
+    with pytest.raises(UserError, match="precision must be one of auto, fp32, bf16, but got 'fp16'"):
+        resolve_precision("fp16", cpu)
+
+
+# --- evaluate
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 10])
+def test_evaluate_equals_the_hand_value_at_every_batch_size(batch_size: int) -> None:
+    logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 5.0]]).reshape(3, 2, 1, 1)
+    labels = torch.tensor([0, 0, 1])
+    # -log softmax of a pair with margin d is log(1 + exp(-d)); the margins of the right answers are 2, -1, 2
+    expected = (2 * math.log1p(math.exp(-2)) + math.log1p(math.exp(1))) / 3
+    result = evaluate(nn.Flatten(), logits, labels, batch_size)
+    assert result.top1 == pytest.approx(2 / 3, abs=1e-12)
+    assert result.loss == pytest.approx(expected, abs=1e-6)
+
+
+def test_evaluate_uses_running_statistics_and_restores_every_flag() -> None:
+    model = tiny_cnn(dropout=0.5).train()
+    model[1].eval()  # frozen by the caller
+    flags = [module.training for module in model.modules()]
+    before = snapshot(model)
+    images, labels = torch.randn(7, 1, 8, 8), torch.arange(7) % 3
+    first, second = evaluate(model, images, labels, 7), evaluate(model, images, labels, 3)
+    assert first == pytest.approx(second, abs=1e-6)
+    assert [module.training for module in model.modules()] == flags
+    assert_equal_weights(snapshot(model), before)
+
+
+def test_evaluate_data_equals_evaluate_on_the_normalised_images() -> None:
+    model, data = tiny_cnn(), bars(23)
+    images = normalise(data.batch(torch.arange(23)), NORMALISATION)
+    assert evaluate_data(model, data, NORMALISATION, batch_size=5) == pytest.approx(
+        evaluate(model, images, data.labels, 23), abs=1e-6
+    )
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(0, 4), (4, 0)])
+def test_nothing_to_evaluate_is_an_error(count: int, batch_size: int) -> None:
+    with pytest.raises(UserError, match=f"images={count}, batch_size={batch_size}"):
+        evaluate(tiny_cnn(), torch.zeros(count, 1, 8, 8), torch.zeros(count, dtype=torch.int64), batch_size)
+
+
+# --- batch norm
+
+
+def test_one_batch_gives_its_mean_and_unbiased_variance() -> None:
+    images = torch.randn(10, 3, 4, 4) * 3 + 1
+    model = nn.Sequential(nn.BatchNorm2d(3))
+    model[0].running_mean.fill_(99)
+    recalibrate_batchnorm(model, images, 10)
+    torch.testing.assert_close(model[0].running_mean, images.mean((0, 2, 3)), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model[0].running_var, images.var((0, 2, 3), unbiased=True), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("count", "batch_size", "sizes"), [(12, 4, [4, 4, 4]), (9, 8, [5, 4]), (10, 4, [4, 3, 3])])
+def test_several_batches_give_the_average_of_theirs(count: int, batch_size: int, sizes: list[int]) -> None:
+    images = torch.randn(count, 3, 4, 4)
+    model = nn.Sequential(nn.BatchNorm2d(3))
+    recalibrate_batchnorm(model, images, batch_size)
+    batches = images.split(sizes)
+    means = torch.stack([batch.mean((0, 2, 3)) for batch in batches]).mean(0)
+    variances = torch.stack([batch.var((0, 2, 3), unbiased=True) for batch in batches]).mean(0)
+    torch.testing.assert_close(model[0].running_mean, means, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model[0].running_var, variances, rtol=1e-5, atol=1e-6)
+    assert int(model[0].num_batches_tracked) == len(sizes)
+
+
+def test_recalibration_is_deterministic_with_dropout_and_restores_the_model() -> None:
+    model = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm2d(3, momentum=0.3), nn.BatchNorm2d(3)).train()
+    model[2].eval()
+    images = torch.randn(10, 3, 4, 4)
+    recalibrate_batchnorm(model, images, 10)
+    torch.testing.assert_close(model[1].running_mean, images.mean((0, 2, 3)), rtol=1e-5, atol=1e-6)
+    first = snapshot(model)
+    recalibrate_batchnorm(model, images, 10)
+    assert_equal_weights(snapshot(model), first)
+    assert (model[1].momentum, model[2].momentum) == (0.3, 0.1)
+    assert [module.training for module in model] == [True, True, False]
+
+
+def test_a_model_without_batch_norm_stays_as_it_is() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=False))
+    before = snapshot(model)
+    recalibrate_batchnorm(model, torch.randn(2, 3, 4, 4), 2)
+    assert_equal_weights(snapshot(model), before)
+
+
+# --- fit
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_fit_learns_bars_and_reports_what_it_did(device: str) -> None:
+    model, train, validation = tiny_cnn().to(device), bars(240), bars(90, seed=1)
+    before = evaluate_data(model, validation, NORMALISATION)
+    recipe = Recipe(epochs=12, lr=0.1, batch_size=24, padding=1, flip=False)
+    records = list(fit(model, train, validation, NORMALISATION, recipe, seed=0))
+    after = evaluate_data(model, validation, NORMALISATION)
+    assert before.top1 < 0.7
+    assert after.top1 > 0.95
+    assert records[-1].train_loss < 0.5 * records[0].train_loss
+    assert [record.epoch for record in records] == list(range(1, 13))
+    assert records[-1].lr == pytest.approx(learning_rate("cosine", 0.1, 12 - 0.5 / 10, 12))  # 10 steps an epoch
+    assert all(record.seconds * record.images_per_second >= 240 for record in records)
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("precision", "momentum", "broken_off_after"),
+    [("fp32", 0.9, 1), ("fp32", 0.9, 3), ("fp32", 0.0, 2), ("auto", 0.9, 3)],
+)
+def test_a_broken_off_fit_resumes_bit_equal(
+    tmp_path: Path, precision: str, momentum: float, broken_off_after: int
+) -> None:
+    recipe = Recipe(epochs=5, lr=0.05, momentum=momentum, batch_size=32, padding=1, precision=precision)
+    data = (bars(100), bars(60, seed=1), NORMALISATION, recipe, 3)
+    whole = tiny_cnn(dropout=0.2)
+    expected = list(fit(whole, *data))
+
+    broken = fit(tiny_cnn(dropout=0.2), *data, checkpoint_dir=tmp_path)
+    for _ in range(broken_off_after):
+        next(broken)
+    broken.close()
+    resumed = tiny_cnn(dropout=0.2)
+    torch.manual_seed(99)  # the global generator of another process stands elsewhere
+    records = list(fit(resumed, *data, checkpoint_dir=tmp_path))
+
+    assert without_times(records) == without_times(expected)
+    assert_equal_weights(snapshot(resumed), snapshot(whole))
+    again = tiny_cnn()
+    assert list(fit(again, *data, checkpoint_dir=tmp_path)) == records  # a finished run is told again, times and all
+    assert_equal_weights(snapshot(again), snapshot(whole))
+
+
+def test_the_seed_decides_and_leaves_the_global_generator_alone() -> None:
+    state = torch.get_rng_state()
+    losses = []
+    for seed in (0, 0, 1):
+        model = tiny_cnn(dropout=0.2)
+        torch.set_rng_state(state)
+        losses.append([record.train_loss for record in fit(model, bars(64), None, NORMALISATION, RECIPE, seed)])
+        assert torch.equal(torch.get_rng_state(), state)
+    assert losses[0] == losses[1]
+    assert losses[0] != losses[2]
+
+
+def test_validation_chooses_the_epoch_and_without_it_the_last_stays(tmp_path: Path) -> None:
+    train = bars(96)
+    # Every label wrong: what is learnt can only harm, so the best epoch is an early one.
+    wrong = ImageData(train.batch(torch.arange(96)), (train.labels + 1) % 3, train.classes)
+    model = tiny_cnn()
+    recipe = Recipe(epochs=6, lr=0.2, batch_size=16, padding=0, flip=False, precision="fp32")
+    records = []
+    weights = []
+    for record in fit(model, train, wrong, NORMALISATION, recipe, 0):
+        records.append(record)
+        weights.append(snapshot(model))
+    best = chosen_epoch(records)
+    assert best < 6
+    assert records[best - 1].validation_top1 == max(record.validation_top1 or 0.0 for record in records)
+    assert_equal_weights(snapshot(model), weights[best - 1])
+    assert evaluate_data(model, wrong, NORMALISATION) == Evaluation(
+        records[best - 1].validation_top1 or 0.0, records[best - 1].validation_loss or 0.0
+    )
+
+    last = tiny_cnn()
+    records = list(fit(last, train, None, NORMALISATION, recipe, 0))
+    assert (chosen_epoch(records), records[-1].validation_top1) == (6, None)
+    assert_equal_weights(snapshot(last), weights[-1])
+
+
+def test_chosen_epoch_breaks_ties_by_loss_then_by_time() -> None:
+    def record(epoch: int, top1: float | None, loss: float | None) -> EpochRecord:
+        return EpochRecord(epoch, 0.1, 1.0, 0.5, top1, loss, 1.0, 1.0)
+
+    assert chosen_epoch([record(1, 0.5, 1.0), record(2, 0.7, 0.9), record(3, 0.6, 0.2)]) == 2
+    assert chosen_epoch([record(1, 0.7, 1.0), record(2, 0.7, 0.9), record(3, 0.7, 0.9)]) == 2
+    assert chosen_epoch([record(1, None, None), record(2, None, None)]) == 2
+    assert chosen_epoch([]) == 0
+
+
+# --- what goes wrong
+
+
+def test_divergence_names_epoch_and_remedy_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
+    model, data = tiny_cnn(), (bars(64), None, NORMALISATION, RECIPE, 0)
+    iterator = fit(model, *data, checkpoint_dir=tmp_path)
+    next(iterator)
+    next(iterator)
+    good = snapshot(model)
+    with torch.no_grad():
+        model[0].weight.fill_(math.nan)
+    with pytest.raises(TrainingDiverged, match=r"epoch 3 at learning rate .*the training loss is nan; lower lr\."):
+        next(iterator)
+
+    resumed = tiny_cnn()
+    iterator = fit(resumed, *data, checkpoint_dir=tmp_path)
+    assert [next(iterator).epoch for _ in range(2)] == [1, 2]
+    assert_equal_weights(snapshot(resumed), good)
+
+
+def test_weights_that_diverge_in_the_last_step_are_not_saved(tmp_path: Path) -> None:
+    # One step an epoch: its loss is that of the initial weights, finite; only the weights after it are not.
+    recipe = Recipe(epochs=2, lr=3e38, batch_size=64, schedule="paper", padding=0, precision="fp32")
+    with pytest.raises(TrainingDiverged, match=r"epoch 1 at learning rate 3e\+38.*weights or batch norm"):
+        next(fit(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), *_with(recipe), checkpoint_dir=tmp_path))
+    assert load_state(tmp_path) is None
+
+
+def _with(recipe: Recipe) -> tuple[ImageData, None, Normalisation, Recipe, int]:
+    return bars(64), None, Normalisation((0.0,), (1e-3,)), recipe, 0
+
+
+def test_a_checkpoint_of_another_recipe_or_seed_is_refused_by_the_call(tmp_path: Path) -> None:
+    next(fit(tiny_cnn(), bars(64), None, NORMALISATION, RECIPE, 0, checkpoint_dir=tmp_path))
+    other = Recipe(epochs=5, lr=0.01, batch_size=32, padding=1, flip=False, precision="fp32")
+    model = tiny_cnn()
+    before = snapshot(model)
+    with pytest.raises(UserError) as error:
+        fit(model, bars(63), None, NORMALISATION, other, 1, checkpoint_dir=tmp_path)
+    message = str(error.value)
+    for part in ("lr (checkpoint 0.05, now 0.01)", "seed (checkpoint 0, now 1)", "train_images", "another folder"):
+        assert part in message
+    assert "momentum" not in message
+    assert_equal_weights(snapshot(model), before)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    next(fit(tiny_cnn(), bars(64), None, NORMALISATION, RECIPE, 0, checkpoint_dir=tmp_path))
+    model = tiny_cnn()
+    model[0] = nn.Conv2d(1, 12, 5, padding=2, bias=False)
+    with pytest.raises(UserError, match=r"another model: 0.weight \(checkpoint \(12, 1, 3, 3\), now \(12, 1, 5, 5\)\)"):
+        fit(model, bars(64), None, NORMALISATION, RECIPE, 0, checkpoint_dir=tmp_path)
+
+
+def test_empty_data_is_refused() -> None:
+    with pytest.raises(UserError, match="validation must hold at least 1 image"):
+        fit(tiny_cnn(), bars(6), bars(0), NORMALISATION, RECIPE, 0)
