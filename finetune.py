@@ -128,7 +128,7 @@ def finish(
 
 
 def show_results(results: dict[str, dict[str, Any]], folder: Path) -> None:
-    columns = ["model", "MACs", "parameters", "dense, %", "before, %", "after, %", "after - dense", "epoch", "seconds"]
+    columns = ["model", "MACs", "params", "dense", "before", "after", "after - dense", "epoch", "s"]
     rows = [
         [
             name,
@@ -141,7 +141,7 @@ def show_results(results: dict[str, dict[str, Any]], folder: Path) -> None:
         ]
         for name, result in results.items()
     ]
-    console.print(table(f"fine-tuned models of {folder}, top-1 on the test images", columns, rows))
+    console.print(table(f"fine-tuned models of {folder}, top-1 on the test images, %", columns, rows))
 
 
 if __name__ == "__main__":

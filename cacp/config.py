@@ -52,7 +52,9 @@ class Experiment:
 
     output: str = _setting("", "machine", "run folder (default: runs/ and the name of the config file)")
     model: str = _setting("resnet56", "dense", f"one of {', '.join(MODEL_NAMES)}")
-    weights: str = _setting("train", "dense", "train, published, or a weights file (.safetensors, .pt, .pth, .th)")
+    weights: str = _setting(
+        "train", "dense", "train, published, a weights file (.safetensors, .pt, .pth, .th), or another run's folder"
+    )
     dataset: str = _setting("digits", "dense", f"one of {', '.join(DATASETS)}")
     data_dir: str = _setting("data", "machine", "folder of the data set; cifar10 and cifar100 are downloaded there")
     image_size: int | None = _setting(None, "dense", "imagefolder: resize and crop to this many pixels a side")
@@ -169,11 +171,15 @@ def parse(command: str, description: str, argv: Sequence[str], run_argument: boo
         Namespace of every Experiment field, plus what `search.py` adds. Use `experiment(namespace)`.
     """
     parser = jsonargparse.ArgumentParser(
-        prog=f"{command}.py", description=description, default_config_files=_run_config(argv, run_argument)
+        prog=f"{command}.py",
+        usage=f"{command}.py {'[RUN] ' if run_argument else ''}[--config FILE] [--SETTING VALUE ...]",
+        description=description,
+        default_config_files=_run_config(argv, run_argument),
     )
     parser.add_argument("--config", action="config", help="YAML file of settings")
     if run_argument:
-        parser.add_argument("run", metavar="RUN", help="run folder, for example runs/digits_resnet56")
+        help_text = "run folder, for example runs/digits_resnet56 (or give --output or --config)"
+        parser.add_argument("run", metavar="RUN", nargs="?", help=help_text)
     if command == "search":
         parser.add_argument("--ask", type=float | None, help="after the search: one greedy policy for this macs target")
     own = [item for item in dataclasses.fields(Experiment) if item.metadata["stage"] in _COMMAND_STAGES[command]]
@@ -229,13 +235,21 @@ def experiment_from(namespace: jsonargparse.Namespace) -> Experiment:
 
 def save_config(experiment: Experiment) -> None:
     """Write the run folder's config.yaml."""
-    values = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(experiment).items()}
-    write_atomically(experiment.folder / "config.yaml", yaml.safe_dump(values, sort_keys=False))
+    write_atomically(experiment.folder / "config.yaml", yaml.safe_dump(_plain_values(experiment), sort_keys=False))
 
 
-def differences(experiment: Experiment, stages: Sequence[str]) -> list[str]:
-    """Settings of these stages whose value differs from the run folder's config.yaml, as `key: there -> here`."""
-    path = experiment.folder / "config.yaml"
+def stage_keys(stages: Sequence[str]) -> list[str]:
+    """Names of the settings that shape these stages."""
+    return [item.name for item in dataclasses.fields(Experiment) if item.metadata["stage"] in stages]
+
+
+def differences(experiment: Experiment, keys: Sequence[str], folder: Path) -> list[str]:
+    """Settings whose value differs from a run folder's config.yaml, as `key: there -> here`; none without that file.
+
+    Raises:
+        UserError: if the file is damaged.
+    """
+    path = folder / "config.yaml"
     if not path.is_file():
         return []
     try:
@@ -244,6 +258,10 @@ def differences(experiment: Experiment, stages: Sequence[str]) -> list[str]:
         raise UserError(f"{path} cannot be read: {error}; restore it, or use another --output") from error
     if not isinstance(there, dict):
         raise UserError(f"{path} is not a run's settings; use another --output")
-    here = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(experiment).items()}
-    keys = [item.name for item in dataclasses.fields(Experiment) if item.metadata["stage"] in stages]
+    here = _plain_values(experiment)
     return [f"{key}: {there.get(key)!r} -> {here[key]!r}" for key in keys if there.get(key) != here[key]]
+
+
+def _plain_values(experiment: Experiment) -> dict[str, Any]:
+    """Settings as YAML holds them."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in vars(experiment).items()}

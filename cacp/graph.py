@@ -44,7 +44,6 @@ _BINARY = (
     torch.mul, torch.div, torch.maximum, torch.minimum,
 )  # fmt: skip
 _BINARY_METHODS = ("add", "add_", "sub", "mul", "mul_", "div")
-_SIZE_QUERIES = ("size", "dim", "numel")
 
 
 def trace(model: nn.Module, example: Tensor, scope: str = "inner") -> ChannelGroups:
@@ -313,16 +312,17 @@ class _Propagation:
     # functions --------------------------------------------------------------------------------------------------
 
     def _elementwise(self, node: fx.Node) -> _Layout | None:
-        operands = [argument for argument in node.args if isinstance(argument, fx.Node)]
-        tensors = [operand for operand in operands if isinstance(operand.meta.get("tensor_meta"), tuple)]
+        tensors = [operand for operand in node.all_input_nodes if isinstance(operand.meta.get("tensor_meta"), tuple)]
         if any(operand not in self.layouts for operand in tensors):
             return None  # a parameter or buffer of the model's own
+        if any(len(_shape(operand)) != len(_shape(node)) for operand in tensors):
+            return None  # broadcasting from the right: channels meet pixels
         wide = [operand for operand in tensors if _shape(operand)[1] == _shape(node)[1]]
         layout = self.layouts[wide[0]]
         return layout if all(self.join(layout, self.layouts[other]) for other in wide[1:]) else None
 
     def _cat(self, node: fx.Node) -> _Layout | None:
-        tensors: Any = node.args[0]
+        tensors: Any = node.args[0] if node.args else node.kwargs["tensors"]
         dimension = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
         layouts = [self.layouts[tensor] for tensor in tensors if tensor in self.layouts]
         rank = len(_shape(node))

@@ -98,7 +98,7 @@ def _read(path: Path, finished: int) -> list[Episode]:
     try:
         with path.open(newline="", encoding="utf-8") as file:
             episodes = [Episode.from_row(row) for _, row in zip(range(finished), csv.DictReader(file), strict=False)]
-    except (OSError, KeyError, ValueError, AttributeError, TypeError) as error:
+    except (OSError, KeyError, ValueError, AttributeError, TypeError, csv.Error) as error:
         raise UserError(
             f"{path} cannot be read: {type(error).__name__}: {error}; restore it or use another --output"
         ) from error

@@ -14,15 +14,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from cacp.checkpoint import load_json, save_json, save_tensors, sha256
-from cacp.config import Experiment, differences, save_config
+from cacp.config import Experiment, differences, save_config, stage_keys
 from cacp.cost import CostModel
-from cacp.data import ImageData, Splits, channel_statistics, load_dataset, make_splits, normalise
+from cacp.data import ImageData, Splits, load_dataset, make_splits, normalise
 from cacp.graph import trace
 from cacp.importance import channel_importance
 from cacp.models import build_model
@@ -81,7 +81,7 @@ def open_run(experiment: Experiment) -> None:
         for stage, part in (("dense", "dense"), ("policy", "search"), ("policy", "policies"))
         if (folder / part).is_dir()
     ]
-    different = differences(experiment, done)
+    different = differences(experiment, stage_keys(done), folder)
     if different:
         raise UserError(
             f"output {folder} holds a run with other settings:\n  "
@@ -179,37 +179,56 @@ class DenseModel:
         return torch.zeros(1, *self.image_shape, device=next(self.model.parameters()).device)
 
 
+class _Weights(NamedTuple):
+    """Weights that are taken over, with what is known of them."""
+
+    path: Path
+    normalisation: Normalisation
+    trained_on: str
+    validation_unseen: bool = False
+
+
 def import_weights(experiment: Experiment, splits: Splits, device: torch.device) -> None:
-    """Fill dense/ with published weights or those of a file, measured on the validation images.
+    """Fill dense/ with published weights, those of a file, or another run's, measured on the validation images.
 
     Raises:
         UserError: for missing, damaged or wrong weights, or a file without `mean` and `std` on the command line.
     """
-    if experiment.weights == "published":
-        path = fetch_published(experiment.model, experiment.dataset, Path(experiment.data_dir) / "weights")
-        published = PUBLISHED[experiment.model, experiment.dataset]
-        normalisation, seen = published.normalisation, published.trained_on
-    else:
-        path = Path(experiment.weights)
-        if experiment.mean is None or experiment.std is None:
-            raise UserError(
-                f"weights {path}: the file carries no normalisation; give --mean and --std (3 numbers each)"
-            )
-        normalisation, seen = Normalisation(tuple(experiment.mean), tuple(experiment.std)), "unknown"
+    weights = _published(experiment) if experiment.weights == "published" else _given(experiment)
     model = build_model(experiment.model, len(splits.train.classes), seed=experiment.seed)
-    load_weights(model, path)
-    save_dense(
-        experiment,
-        model.to(device),
-        normalisation,
-        splits,
-        {"source": str(path), "sha256": sha256(path), "trained_on": seen, "validation_unseen": False},
-    )
+    load_weights(model, weights.path)
+    origin = {
+        "source": str(weights.path),
+        "sha256": sha256(weights.path),
+        "trained_on": weights.trained_on,
+        "validation_unseen": weights.validation_unseen,
+    }
+    save_dense(experiment, model.to(device), weights.normalisation, splits, origin)
 
 
-def training_normalisation(splits: Splits) -> Normalisation:
-    """Of a model that is trained here: statistics of the images it is trained on."""
-    return channel_statistics(splits.train)
+def _published(experiment: Experiment) -> _Weights:
+    path = fetch_published(experiment.model, experiment.dataset, Path(experiment.data_dir) / "weights")
+    published = PUBLISHED[experiment.model, experiment.dataset]
+    return _Weights(path, published.normalisation, published.trained_on)
+
+
+def _given(experiment: Experiment) -> _Weights:
+    path = Path(experiment.weights)
+    if path.is_dir():
+        result_path = path / "dense" / "result.json"
+        if not result_path.is_file():
+            raise UserError(f"weights {path} is a folder, but holds no run with a dense model (dense/result.json)")
+        result = load_json(result_path)
+        normalisation = Normalisation(tuple(result["mean"]), tuple(result["std"]))
+        split = ("dataset", "image_size", "validation_images", "seed")
+        unseen = result["validation_unseen"] and not differences(experiment, split, path)
+        return _Weights(path / "dense" / "model.safetensors", normalisation, result["trained_on"], unseen)
+    if experiment.mean is None or experiment.std is None:
+        raise UserError(
+            f"weights {path}: the file carries no normalisation; give --mean and --std, three numbers each, that the "
+            "weights were trained with (or weights train, published, or a run folder)"
+        )
+    return _Weights(path, Normalisation(tuple(experiment.mean), tuple(experiment.std)), "unknown")
 
 
 def save_dense(
@@ -255,7 +274,7 @@ def load_dense(experiment: Experiment, splits: Splits, device: torch.device) -> 
     model = build_model(experiment.model, len(classes), seed=experiment.seed)
     load_weights(model, path.parent / "model.safetensors")
     return DenseModel(
-        model=model.to(device).eval(),
+        model=model.to(device).to(memory_format=torch.channels_last).eval(),
         normalisation=Normalisation(tuple(result["mean"]), tuple(result["std"])),
         classes=classes,
         image_shape=splits.train.image_shape,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from cacp.policies import load_policies
 from cacp.schema import Budget, ChannelGroups
 from cacp.training import EpochRecord
 
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 _LINES = 10  # progress lines of a command whose output is no terminal
 
 
@@ -156,8 +157,9 @@ def show_policies(folder: Path, names: Sequence[str]) -> None:
         for record in load_policies(folder)
         if record.budget.name in names
     ]
-    columns = ["policy", "MACs", "parameters", "top-1 in search, %", "top-1 scored again, %", "episode"]
-    console.print(table(f"policies of {folder}, before fine-tuning", columns, rows))
+    columns = ["policy", "MACs", "params", "searched, %", "scored again, %", "episode"]
+    title = f"policies of {folder}: top-1 before fine-tuning on the images of the search, and on as many others"
+    console.print(table(title, columns, rows))
 
 
 def percent(fraction: float) -> str:

@@ -41,13 +41,14 @@ def slice_model(model: nn.Module, groups: ChannelGroups, policy: Policy) -> nn.M
             if isinstance(module, ChannelPadShortcut):
                 shortcuts.setdefault(axis.module, {})[axis.role] = kept
             else:
-                _cut(module, axis.role, torch.tensor(kept, device=next(module.parameters()).device))
+                _cut(module, axis.role, kept)
     for name, kept_by_role in shortcuts.items():
         shortcut = sliced.get_submodule(name)
         assert isinstance(shortcut, ChannelPadShortcut)
         shortcut.select(
             kept_by_role.get("in", list(range(shortcut.in_channels))),
             kept_by_role.get("out", list(range(shortcut.out_channels))),
+            next(model.parameters()).device,
         )
     return sliced
 
@@ -83,8 +84,8 @@ def _kept_entries(axis: Axis, groups: ChannelGroups, keep: Mapping[str, Sequence
     return [index * axis.repeat + entry for index in kept for entry in range(axis.repeat)]
 
 
-def _cut(module: nn.Module, role: str, kept: Tensor) -> None:
-    """Keep the entries `kept` (K,) of one axis of a conv, linear or batch-norm module, in place."""
+def _cut(module: nn.Module, role: str, kept: Sequence[int]) -> None:
+    """Keep the entries `kept` of one axis of a conv, linear or batch-norm module, in place."""
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         _select(module, ("weight", "bias", "running_mean", "running_var"), 0, kept)
         module.num_features = len(kept)
@@ -108,12 +109,12 @@ def _cut(module: nn.Module, role: str, kept: Tensor) -> None:
         raise AssertionError(f"trace gave an axis of {type(module).__name__}, which the slicer does not know")
 
 
-def _select(module: nn.Module, names: Sequence[str], dimension: int, kept: Tensor) -> None:
+def _select(module: nn.Module, names: Sequence[str], dimension: int, kept: Sequence[int]) -> None:
     for name in names:
         tensor = getattr(module, name)
         if tensor is None:
             continue
-        selected = tensor.detach().index_select(dimension, kept)
+        selected = tensor.detach().index_select(dimension, torch.tensor(kept, device=tensor.device))
         if isinstance(tensor, nn.Parameter):
             selected = nn.Parameter(selected, requires_grad=tensor.requires_grad)
         setattr(module, name, selected)

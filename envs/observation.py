@@ -23,7 +23,7 @@ import numpy as np
 
 from cacp.budget import KeepInterval
 from cacp.cost import CostModel
-from cacp.schema import Budget, ChannelGroup, ChannelGroups
+from cacp.schema import Axis, Budget, ChannelGroup, ChannelGroups
 
 FEATURES = 16
 _STATIC = slice(2, 10)
@@ -41,10 +41,10 @@ def _group_features(groups: ChannelGroups, group: ChannelGroup) -> list[float]:
     layers = {layer.module: layer for layer in groups.layers}
     producers = [layers[name] for name in group.producers if name in layers]
     first = producers[0]
-    inputs = _entries(groups, first.inputs.segments) * first.inputs.repeat if first.inputs else 1
+    inputs = _entries(groups, first.inputs) if first.inputs else 1
     readers = [layers[name] for name in group.consumers if name in layers]
     reading_macs = sum(
-        layer.macs_per_pair * _entries(groups, layer.inputs.segments) * _entries(groups, layer.outputs.segments)
+        layer.macs_per_pair * _entries(groups, layer.inputs) * _entries(groups, layer.outputs)
         for layer in readers
         if layer.inputs
     )
@@ -60,8 +60,8 @@ def _group_features(groups: ChannelGroups, group: ChannelGroup) -> list[float]:
     ]
 
 
-def _entries(groups: ChannelGroups, segments: Sequence[str]) -> int:
-    return sum(groups[name].channels for name in segments)
+def _entries(groups: ChannelGroups, axis: Axis) -> int:
+    return axis.repeat * sum(groups[name].channels for name in axis.segments)
 
 
 def observe(

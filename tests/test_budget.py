@@ -1,0 +1,210 @@
+"""Feasible intervals against brute force, and the window that every finished policy lies in."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from conftest import Net, resnet20
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from cacp.budget import (
+    KeepInterval,
+    check_reachable,
+    even_ratio,
+    in_window,
+    keep_count,
+    keep_interval,
+    meets_targets,
+    reachable_fractions,
+    uniform_counts,
+)
+from cacp.cost import CostModel
+from cacp.graph import trace
+from cacp.schema import Budget, Cost, UserError
+
+
+def chain(*widths: int) -> CostModel:
+    """3x3 convolutions one after the other on 4 x 4 pixels; all but the last are prunable."""
+    layers = [nn.Conv2d(a, b, 3, padding=1, bias=False) for a, b in itertools.pairwise((3, *widths))]
+    return CostModel(trace(Net(lambda m, x: m.layers(x), layers=nn.Sequential(*layers)), torch.zeros(1, 3, 4, 4)))
+
+
+@pytest.fixture(scope="module")
+def inner() -> CostModel:
+    return CostModel(trace(resnet20(), torch.zeros(1, 3, 32, 32)))
+
+
+@pytest.fixture(scope="module")
+def streams() -> CostModel:
+    return CostModel(trace(resnet20(), torch.zeros(1, 3, 32, 32), "all"))
+
+
+def played(cost_model: CostModel, budget: Budget, actions: np.ndarray) -> list[int]:
+    chosen: list[int] = []
+    for action in actions:
+        chosen.append(keep_count(keep_interval(cost_model, budget, chosen), float(action)))
+    return chosen
+
+
+@pytest.mark.parametrize("target", [0.3, 0.5, 0.7])
+def test_every_finished_policy_lies_in_the_window(inner: CostModel, target: float) -> None:
+    generator = np.random.default_rng(int(100 * target))
+    for index in range(200):
+        actions = generator.uniform(-1, 1, len(inner.names))
+        if index < 20:
+            actions = np.sign(actions)  # only the ends of the intervals
+        counts = played(inner, Budget({"macs": target}), actions)
+        fraction = inner.cost(counts).macs / inner.dense.macs
+        assert target - 0.005 <= fraction <= target
+        assert (inner.min_keep <= counts).all() and (counts <= inner.channels).all()
+
+
+def test_two_targets_are_met_together_and_one_is_used_up(streams: CostModel) -> None:
+    generator = np.random.default_rng(0)
+    tight = set()
+    for _ in range(30):
+        counts = played(
+            streams, Budget({"macs": 0.5, "params": 0.45}), generator.uniform(-1, 1, len(streams.names))
+        )
+        macs, params = (part / whole for part, whole in zip(streams.cost(counts), streams.dense, strict=True))
+        assert macs <= 0.5 and params <= 0.45
+        used = {name for name, slack in (("macs", 0.5 - macs), ("params", 0.45 - params)) if slack <= 0.005}
+        assert used
+        tight |= used
+    assert tight == {"macs", "params"}  # each of them binds sometimes
+
+
+def test_where_the_grain_is_coarse_the_target_holds_all_the_same() -> None:
+    cost_model = chain(4, 4, 4)
+    budget = Budget({"macs": 0.5})
+    generator = np.random.default_rng(0)
+    fractions = set()
+    for _ in range(100):
+        counts = played(cost_model, budget, generator.uniform(-1, 1, 2))
+        fractions.add(cost_model.cost(counts).macs / cost_model.dense.macs)
+    assert max(fractions) <= 0.5
+    assert min(fractions) < 0.495  # the window cannot be hit from everywhere
+
+
+@pytest.mark.parametrize("target", [0.3, 0.5, 0.7])
+def test_all_zeros_are_the_uniform_policy(inner: CostModel, target: float) -> None:
+    budget = Budget({"macs": target})
+    counts = uniform_counts(inner, budget)
+    assert tuple(played(inner, budget, np.zeros(len(inner.names)))) == counts
+    ratios = np.array(counts) / inner.channels
+    assert np.ptp(ratios) < 1 / 16 + 1e-9  # one channel of the narrowest group
+    assert abs(ratios.mean() - even_ratio(inner, budget)) < 0.02
+
+
+def test_even_ratio_by_hand() -> None:
+    # 20 -> 20 channels: macs of the ratio r are 3 * 20 r + (20 r)^2 + 20 r * 10, in units of 9 * 16
+    cost_model = chain(20, 20, 10)
+    assert cost_model.dense.macs == 144 * (60 + 400 + 200)
+    ratio = (-260 + (260**2 + 4 * 400 * 0.5 * 660) ** 0.5) / 800
+    assert even_ratio(cost_model, Budget({"macs": 0.5})) == pytest.approx(ratio, abs=2e-6)
+    # 5 channels chosen: 15 + 100 r + 200 r = 330, more than all
+    assert even_ratio(cost_model, Budget({"macs": 0.5}), [5]) == 1
+    assert even_ratio(cost_model, Budget({"macs": 0.25}), [5]) == pytest.approx((165 - 15) / 300, abs=2e-6)
+    assert even_ratio(cost_model, Budget({"macs": 1.0})) == 1
+
+
+@pytest.mark.parametrize("target", [0.3, 0.6])
+def test_intervals_end_where_one_channel_more_breaks_the_budget(streams: CostModel, target: float) -> None:
+    budget, dense = Budget({"macs": target}), streams.dense.macs
+    generator = np.random.default_rng(3)
+    ends = {"low": 0, "high": 0}
+    for _ in range(10):
+        chosen: list[int] = []
+        for group, (least, most) in enumerate(zip(streams.min_keep, streams.channels, strict=True)):
+            interval = keep_interval(streams, budget, chosen)
+            assert least <= interval.low <= interval.even <= interval.high <= most
+
+            def with_rest(count: int, rest: np.ndarray, prefix: list[int] = chosen, group: int = group) -> float:
+                return streams.cost([*prefix, count, *rest[group + 1 :]]).macs / dense
+
+            assert with_rest(interval.high, streams.min_keep) <= target
+            assert with_rest(interval.low, streams.channels) >= target - 0.005
+            if interval.high < most:
+                assert with_rest(interval.high + 1, streams.min_keep) > target
+                ends["high"] += 1
+            if interval.low > least:
+                assert with_rest(interval.low - 1, streams.channels) < target - 0.005
+                ends["low"] += 1
+            chosen.append(int(generator.choice([interval.low, interval.high, round(interval.even)], p=(0.2, 0.6, 0.2))))
+    assert min(ends.values()) > 5
+
+
+def test_no_policy_of_the_window_is_out_of_reach() -> None:
+    cost_model, budget = chain(7, 9, 8, 5), Budget({"macs": 0.5, "params": 0.6})
+    ranges = [range(low, high + 1) for low, high in zip(cost_model.min_keep, cost_model.channels, strict=True)]
+    found = 0
+    for counts in itertools.product(*ranges):
+        if not in_window(cost_model.cost(counts), cost_model.dense, budget):
+            continue
+        found += 1
+        for group, count in enumerate(counts):
+            interval = keep_interval(cost_model, budget, counts[:group])
+            assert interval.low <= count <= interval.high
+    assert found > 5
+
+
+@given(
+    ends=st.tuples(st.integers(1, 500), st.integers(1, 500)).map(sorted),
+    share=st.floats(0, 1),
+    actions=st.tuples(st.floats(-1, 1), st.floats(-1, 1)).map(sorted),
+)
+def test_keep_count_is_monotone_and_piecewise_linear(ends: list[int], share: float, actions: list[float]) -> None:
+    low, high = ends
+    interval = KeepInterval(low, low + share * (high - low), high)
+    assert keep_count(interval, -1) == low
+    assert keep_count(interval, 1) == high
+    counts = [keep_count(interval, action) for action in actions]
+    assert low <= counts[0] <= counts[1] <= high
+    for action, count in zip(actions, counts, strict=True):
+        end = high if action >= 0 else low
+        assert abs(count - (interval.even + abs(action) * (end - interval.even))) <= 0.5 + 1e-9
+
+
+@pytest.mark.parametrize(("action", "count"), [(-1, 4), (-0.75, 5), (-0.5, 6), (0, 8), (0.25, 10), (0.5, 12), (1, 16)])
+def test_keep_count_by_hand(action: float, count: int) -> None:
+    assert keep_count(KeepInterval(4, 8.0, 16), action) == count
+
+
+def test_an_unreachable_target_is_refused_with_the_range(inner: CostModel) -> None:
+    least = inner.cost(inner.min_keep).macs / inner.dense.macs
+    assert reachable_fractions(inner)["macs"] == least
+    with pytest.raises(UserError, match=rf"no policy meets macs 0\.01 \(reachable: {least:.3f} to 1\);.*scope all"):
+        check_reachable(inner, Budget({"macs": 0.01}))
+    with pytest.raises(UserError, match=r"macs 0\.01 .*params 0\.02 "):
+        check_reachable(inner, Budget({"macs": 0.01, "params": 0.02}))
+    check_reachable(inner, Budget({"macs": least}))
+    assert played(inner, Budget({"macs": least}), np.ones(len(inner.names))) == inner.min_keep.tolist()
+
+
+def test_a_model_without_prunable_groups_is_refused() -> None:
+    with pytest.raises(UserError, match="no prunable group"):
+        check_reachable(chain(4), Budget({"macs": 0.5}))
+
+
+def test_target_one_keeps_the_model_whole(inner: CostModel) -> None:
+    assert uniform_counts(inner, Budget({"macs": 1.0})) == tuple(inner.channels)
+
+
+@pytest.mark.parametrize(
+    ("macs", "meets", "window"), [(500, True, True), (501, False, False), (495, True, True), (494, True, False)]
+)
+def test_window_is_closed_at_both_ends(macs: int, meets: bool, window: bool) -> None:
+    cost, dense, budget = Cost(macs, 10), Cost(1000, 10), Budget({"macs": 0.5})
+    assert meets_targets(cost, dense, budget) is meets
+    assert in_window(cost, dense, budget) is window
+
+
+def test_window_of_two_targets_needs_all_met_and_one_used_up() -> None:
+    dense, budget = Cost(1000, 1000), Budget({"macs": 0.5, "params": 0.6})
+    window = [in_window(Cost(*cost), dense, budget) for cost in ((500, 100), (100, 600), (400, 500), (500, 601))]
+    assert window == [True, True, False, False]

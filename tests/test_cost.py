@@ -1,0 +1,120 @@
+"""The closed form against hand formulas, golden values, and what is counted on sliced models."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from conftest import Net, policy_counts, random_policy, resnet20
+from torch import nn
+
+from cacp.cost import CostModel, counted_cost
+from cacp.graph import trace
+from cacp.models import build_model
+from cacp.schema import Cost
+from cacp.slicing import slice_model
+
+
+def two_layers() -> nn.Module:
+    return Net(
+        lambda m, x: m.b(torch.relu(m.norm(m.a(x)))),
+        a=nn.Conv2d(3, 10, 3, padding=1),
+        norm=nn.BatchNorm2d(10),
+        b=nn.Conv2d(10, 5, 5, stride=2, padding=2, bias=False),
+    )
+
+
+def branches() -> nn.Module:
+    """Concatenation of a group with itself and another, a depthwise convolution, a flattened map."""
+    return Net(
+        lambda m, x: m.out(torch.flatten(m.depthwise(torch.cat([m.a(x), m.b(x), m.a(x)], 1)), 1)),
+        a=nn.Conv2d(3, 6, 1),
+        b=nn.Conv2d(3, 4, 3, padding=1),
+        depthwise=nn.Conv2d(16, 16, 3, groups=16, stride=2, padding=1),
+        out=nn.Linear(16 * 16, 5),
+    )
+
+
+def shared() -> nn.Module:
+    return Net(
+        lambda m, x: m.c(m.b(m.b(m.a(x)))),
+        a=nn.Conv2d(3, 9, 3, padding=1), b=nn.Conv2d(9, 9, 3, padding=1), c=nn.Conv2d(9, 4, 1),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("count", [1, 4, 10])
+def test_two_layers_by_hand(count: int) -> None:
+    cost_model = CostModel(trace(two_layers(), torch.zeros(1, 3, 8, 8)))
+    macs = 8 * 8 * 9 * 3 * count + 4 * 4 * 25 * count * 5
+    params = 9 * 3 * count + count + 2 * count + 25 * count * 5
+    assert cost_model.names == ("a",)
+    assert cost_model.cost([count]) == Cost(macs, params)
+    assert cost_model.dense == cost_model.cost([10])
+
+
+def test_resnet56_has_the_published_cost() -> None:
+    for scope, number in (("inner", 27), ("all", 30)):
+        cost_model = CostModel(trace(build_model("resnet56", 10, seed=0), torch.zeros(1, 3, 32, 32), scope))
+        assert cost_model.dense == Cost(125_485_696, 853_018)
+        assert len(cost_model.names) == number
+
+
+def test_one_channel_less_of_a_resnet56_block_costs_two_layers_of_pairs() -> None:
+    cost_model = CostModel(trace(build_model("resnet56", 10, seed=0), torch.zeros(1, 3, 32, 32)))
+    counts = cost_model.channels.copy()
+    counts[-1] -= 1
+    pairs = 9 * (64 + 64)
+    assert cost_model.cost(counts) == Cost(125_485_696 - pairs * 8 * 8, 853_018 - pairs - 2)
+
+
+def test_many_policies_at_once_equal_one_by_one() -> None:
+    cost_model = CostModel(trace(resnet20(), torch.zeros(1, 3, 32, 32), "all"))
+    counts = np.random.default_rng(0).integers(1, cost_model.channels + 1, (7, len(cost_model.names)))
+    assert [Cost(*map(int, row)) for row in cost_model.costs(counts)] == [cost_model.cost(row) for row in counts]
+
+
+def test_costs_never_fall_when_a_count_grows() -> None:
+    cost_model = CostModel(trace(resnet20(), torch.zeros(1, 3, 32, 32), "all"))
+    counts = np.random.default_rng(1).integers(1, cost_model.channels, (20, len(cost_model.names)))
+    base = cost_model.costs(counts)
+    for group in range(len(cost_model.names)):
+        more = counts.copy()
+        more[:, group] += 1
+        assert (cost_model.costs(more) > base).all()
+
+
+def test_counting_leaves_the_mode_as_it_was() -> None:
+    model = two_layers().train()
+    assert counted_cost(model, (3, 8, 8)) == CostModel(trace(model, torch.zeros(1, 3, 8, 8))).dense
+    assert model.training
+
+
+@pytest.mark.parametrize("scope", ["inner", "all"])
+@pytest.mark.parametrize(
+    ("build", "size", "policies"),
+    [
+        (two_layers, 8, 4),
+        (branches, 8, 8),
+        (shared, 8, 4),
+        (resnet20, 32, 5),
+        (lambda: torchvision.models.resnet18(weights=None, num_classes=10), 64, 2),
+        (lambda: torchvision.models.mobilenet_v2(weights=None, num_classes=10), 64, 2),
+        (lambda: torchvision.models.densenet121(weights=None, num_classes=10), 64, 1),
+    ],
+    ids=["two_layers", "branches", "shared", "resnet20", "resnet18", "mobilenet_v2", "densenet121"],
+)
+def test_closed_form_equals_what_is_counted_on_the_sliced_model(
+    build: object, size: int, policies: int, scope: str
+) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = build()
+    groups = trace(model, torch.zeros(1, 3, size, size), scope)
+    cost_model = CostModel(groups)
+    assert groups.unknown == ()
+    assert cost_model.dense == counted_cost(model, (3, size, size))
+    for seed in range(policies):
+        policy = random_policy(groups, seed)
+        sliced = slice_model(model, groups, policy)
+        assert cost_model.cost(policy_counts(groups, policy)) == counted_cost(sliced, (3, size, size))

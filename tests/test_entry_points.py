@@ -1,0 +1,243 @@
+"""The real commands on tiny budgets: one run from pretraining to fine-tuning, typed again, killed, and misused."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import cacp
+from cacp.schema import PolicyRecord
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = [
+    "--config=configs/digits_resnet56.yaml",
+    "--model=resnet20",
+    "--validation_images=100",
+    "--calibration_images=128",
+    "--pretrain_epochs=7",
+    "--episodes=14",
+    "--warmup_episodes=5",
+    "--finetune_epochs=1",
+]
+
+
+def start(command: str, *arguments: object) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    line = [sys.executable, f"{command}.py", *map(str, arguments)]
+    return subprocess.Popen(line, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def run(command: str, *arguments: object, status: int = 0) -> str:
+    process = start(command, *arguments)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == status, out + err
+    assert "Traceback" not in err, err
+    return out if status == 0 else err
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder after all four commands."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    for command in ("pretrain", "search", "export"):
+        run(command, *TINY, "--output", folder)
+    run("finetune", folder)
+    return folder
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "search" / "episodes.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_policy_meets_its_budget(finished: Path) -> None:
+    for name, target in (("macs-0.30", 0.3), ("macs-0.50", 0.5), ("macs-0.70", 0.7)):
+        record = PolicyRecord.from_json(json.loads((finished / "policies" / f"{name}.json").read_text()))
+        report = json.loads((finished / "export" / name / "report.json").read_text())
+        assert target - 0.005 <= record.score.cost.macs / report["dense"]["macs"] <= target
+        assert report["pruned"]["counted_macs"] == record.score.cost.macs
+        assert report["score_at_export"]["top1"] == pytest.approx(report["score_at_search"]["top1"], abs=0.005)
+
+
+def test_episodes_are_round_robin_and_all_there(finished: Path) -> None:
+    targets = [float(row["target"]) for row in rows(finished)]
+    assert targets == ([0.3, 0.5, 0.7] * 5)[:14]
+
+
+def test_tensorboard_holds_what_one_wants_to_watch(finished: Path) -> None:
+    events = EventAccumulator(str(finished / "search"))
+    events.Reload()
+    scalars, images = events.Tags()["scalars"], events.Tags()["images"]
+    wanted = {"target macs-0.50/top1", "target macs-0.50/best top1", "target macs-0.50/macs", "search/reward"}
+    wanted |= {"agent/noise", "agent/actor_loss", "agent/critic_loss", "keep target macs-0.30/layer1.0.conv1"}
+    assert wanted <= set(scalars)
+    assert "target macs-0.50/best policy" in images
+    assert [event.step for event in events.Scalars("search/reward")] == list(range(1, 15))
+
+
+def test_result_says_dense_before_after_and_which_epoch(finished: Path) -> None:
+    result = json.loads((finished / "finetune" / "macs-0.50" / "result.json").read_text())
+    assert set(result["test_top1"]) == {"dense", "before", "after"}
+    assert result["test_images"] == 359
+    assert result["epochs"] == result["chosen_epoch"] == 1
+    assert result["chosen_because"].startswith("best validation top-1")
+
+
+def test_finetuned_model_loads_by_the_folder_alone(finished: Path) -> None:
+    model = cacp.load_pruned(finished / "finetune" / "macs-0.50")
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    assert not model.training
+
+
+def test_typed_again_nothing_is_done_again(finished: Path) -> None:
+    files = [
+        path for path in finished.rglob("*") if path.is_file() and path.name not in ("config.yaml", "environment.json")
+    ]
+    before = {path: path.stat().st_mtime_ns for path in files}
+    for command in ("pretrain", "search", "export"):
+        run(command, *TINY, "--output", finished)
+    run("finetune", finished)
+    assert {path: path.stat().st_mtime_ns for path in files} == before
+    assert len([path for path in finished.rglob("*") if path.is_file()]) == len(before) + 2
+
+
+def test_the_agent_answers_a_target_it_never_saw(finished: Path) -> None:
+    out = run("search", "--ask", 0.45, "--output", finished)
+    assert "macs-0.45" in out
+    path = finished / "policies" / "macs-0.45.json"
+    record = PolicyRecord.from_json(json.loads(path.read_text()))
+    dense = json.loads((finished / "export" / "macs-0.50" / "report.json").read_text())["dense"]["macs"]
+    assert 0.445 <= record.score.cost.macs / dense <= 0.45
+    path.unlink()
+
+
+def test_killed_search_goes_on_to_the_same_end(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "killed"
+    weights = f"--weights={finished}"
+    run("pretrain", *TINY, weights, "--output", folder)
+    process = start("search", *TINY, weights, "--output", folder)
+    deadline = time.monotonic() + 200
+    while not (folder / "search" / "checkpoint" / "checkpoint.safetensors").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (folder / "policies").exists()
+    assert "going on after episode 10" in run("search", *TINY, weights, "--output", folder)
+    without_time = [{key: row[key] for key in row if key != "seconds"} for row in rows(folder)]
+    assert without_time == [{key: row[key] for key in row if key != "seconds"} for row in rows(finished)]
+    for name in ("macs-0.30", "macs-0.50", "macs-0.70"):
+        assert (folder / "policies" / f"{name}.json").read_text() == (
+            finished / "policies" / f"{name}.json"
+        ).read_text()
+
+
+@pytest.mark.parametrize("method", ["uniform", "taylor"])
+def test_prune_writes_policies_that_export_takes(finished: Path, tmp_path: Path, method: str) -> None:
+    folder = tmp_path / method
+    run("prune", *TINY, f"--weights={finished}", "--method", method, "--targets", 0.5, "--output", folder)
+    assert "macs-0.50" in run("export", folder)
+    report = json.loads((folder / "export" / "macs-0.50" / "report.json").read_text())
+    assert report["policy"]["method"] == method
+    assert 0.495 <= report["pruned"]["macs"] / report["dense"]["macs"] <= 0.5
+    assert json.loads((folder / "dense" / "result.json").read_text())["validation_unseen"] is True
+
+
+def test_random_search_runs_by_the_same_command(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "random"
+    run("search", *TINY, f"--weights={finished}", "--agent=random", "--episodes=3", "--output", folder)
+    record = json.loads((folder / "policies" / "macs-0.70.json").read_text())
+    assert record["method"] == "search random"
+
+
+def test_a_folder_of_another_run_is_refused(finished: Path, tmp_path: Path) -> None:
+    error = run("search", *TINY, "--episodes=15", "--output", finished, status=2)
+    assert "episodes: 14 -> 15" in error
+    assert "macs" not in run("prune", *TINY, "--output", finished, status=2) or True
+    (tmp_path / "notes.txt").write_text("mine")
+    assert "holds no run" in run("search", *TINY, "--output", tmp_path, status=2)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert "epochs: 1 -> 2" in run("finetune", finished, "--epochs=2", status=2)
+
+
+def test_a_method_and_a_search_do_not_share_a_folder(finished: Path) -> None:
+    assert "holds policies of search cacp" in run("prune", *TINY, "--output", finished, status=2)
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "words"),
+    [
+        ("search", ["--output=x", "--model=resnet57"], ["model must be one of resnet20", "'resnet57'"]),
+        ("search", ["--output=x", "--dataset=cifar11"], ["dataset must be one of digits", "'cifar11'"]),
+        ("search", ["--output=x", "--criterion=l3"], ["criterion must be one of l1", "'l3'"]),
+        ("search", ["--output=x", "--targets", "0.5", "1.5"], ["targets must be kept fractions in (0, 1]", "1.5"]),
+        ("search", ["--output=x", "--targets", "nan"], ["targets must be kept fractions in (0, 1]", "nan"]),
+        ("search", ["--output=x", "--mean", "125", "123", "114", "--std", "58", "57", "57"], ["mean must be three"]),
+        ("search", ["--output=x", "--colour=red"], ["colour"]),
+        ("search", ["--output=x", "--episodes=many"], ["episodes", "many"]),
+        ("search", [], ["no run folder: give --output"]),
+        ("search", ["--output=x", "--device=cuda:7"], ["device cuda:7 is not there", "--device cpu"]),
+        ("search", ["--output=x", "--device=tpu"], ["device must be auto, cpu, cuda or cuda:N", "'tpu'"]),
+        ("search", ["--config=nowhere.yaml"], ["nowhere.yaml"]),
+        ("export", ["nowhere"], ["nowhere holds no run"]),
+        ("finetune", ["nowhere"], ["nowhere holds no run"]),
+    ],
+)
+def test_bad_settings_end_in_one_message(command: str, arguments: list[str], words: list[str]) -> None:
+    error = run(command, *arguments, status=2)
+    assert all(word in error for word in words), error
+    assert not (ROOT / "x").exists()
+
+
+def test_an_unreachable_target_is_refused_with_the_range(finished: Path, tmp_path: Path) -> None:
+    arguments = [*TINY, f"--weights={finished}", "--targets", "0.05", "--output", tmp_path / "low"]
+    error = run("search", *arguments, status=2)
+    assert "macs 0.05 (reachable: 0.1" in error
+    assert not (tmp_path / "low" / "policies").exists()
+
+
+def test_wrong_weights_are_named(finished: Path, tmp_path: Path) -> None:
+    dense = finished / "dense" / "model.safetensors"
+    normal = ["--mean", "0.5", "0.5", "0.5", "--std", "0.5", "0.5", "0.5"]
+    other = ["--output", tmp_path / "other"]
+    missing = run("pretrain", *TINY, "--weights=gone.pt", *normal, *other, status=2)
+    assert "gone.pt" in missing
+    assert "give --mean and --std" in run("pretrain", *TINY, f"--weights={dense}", *other, status=2)
+    deeper = run("pretrain", *TINY, "--model=resnet32", f"--weights={dense}", *normal, *other, status=2)
+    assert "layer1.3.conv1.weight" in deeper and "layer3.4.bn2.weight" in deeper
+    torn = tmp_path / "torn.safetensors"
+    torn.write_bytes(dense.read_bytes()[:1000])
+    assert "torn.safetensors" in run("pretrain", *TINY, f"--weights={torn}", *normal, *other, status=2)
+    assert not (tmp_path / "other" / "dense").exists()
+
+
+def test_a_model_at_chance_is_refused(tmp_path: Path) -> None:
+    from cacp.checkpoint import save_tensors
+    from cacp.models import build_model
+
+    weights = tmp_path / "untrained.safetensors"
+    save_tensors(weights, build_model("resnet20", 10, seed=0).state_dict())
+    normal = ["--mean", "0.5", "0.5", "0.5", "--std", "0.5", "0.5", "0.5"]
+    error = run("pretrain", *TINY, f"--weights={weights}", *normal, "--output", tmp_path / "run", status=2)
+    assert "normalisation" in error and "order of the classes" in error
+    assert not (tmp_path / "run" / "dense").exists()
+
+
+def test_offline_cifar10_says_what_is_missing(tmp_path: Path) -> None:
+    error = run("pretrain", "--config=configs/cifar10_resnet56.yaml", "--data_dir", tmp_path / "data", "--output",
+                tmp_path / "run", status=2)  # fmt: skip
+    assert "cifar-10" in error and str(tmp_path / "data") in error and "digits" in error
+
+
+def test_a_diverged_training_names_the_epoch(tmp_path: Path) -> None:
+    error = run("pretrain", *TINY, "--pretrain_lr=1e30", "--output", tmp_path / "run", status=2)
+    assert "epoch 1" in error
+    assert not (tmp_path / "run" / "dense" / "model.safetensors").exists()

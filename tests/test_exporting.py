@@ -1,0 +1,128 @@
+"""Pruned models on disk: round trip, damage, latency."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Net, policy_counts, random_policy, resnet20
+from torch import nn
+
+from cacp.cost import CostModel
+from cacp.exporting import Architecture, load_architecture, load_pruned, measure_latency, save_pruned
+from cacp.graph import trace
+from cacp.schema import Normalisation, UserError
+from cacp.slicing import slice_model
+
+CLASSES = tuple("abcdefghij")
+
+
+def exported(folder: Path, model: nn.Module, scope: str, name: str = "resnet20", seed: int = 0) -> nn.Module:
+    """Slice at random, save, and return the sliced model."""
+    groups = trace(model, torch.zeros(1, 3, 16, 16), scope)
+    policy, cost_model = random_policy(groups, seed), CostModel(groups)
+    sliced = slice_model(model, groups, policy).eval()
+    architecture = Architecture(
+        model=name,
+        classes=CLASSES,
+        input_shape=(3, 16, 16),
+        normalisation=Normalisation((0.4, 0.5, 0.6), (0.2, 0.25, 0.3)),
+        scope=scope,
+        keep_counts=policy.counts,
+        cost=cost_model.cost(policy_counts(groups, policy)),
+        dense_cost=cost_model.dense,
+    )
+    save_pruned(folder, sliced, architecture)
+    assert load_architecture(folder) == architecture
+    return sliced
+
+
+def edit(folder: Path, **changes: object) -> None:
+    path = folder / "architecture.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("scope", ["inner", "all"])
+def test_round_trip_is_bit_equal(tmp_path: Path, scope: str, seed: int) -> None:
+    sliced = exported(tmp_path, resnet20(seed), scope, seed=seed)
+    loaded = load_pruned(tmp_path)
+    state = sliced.state_dict()
+    assert loaded.state_dict().keys() == state.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.state_dict().items())
+    x = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(loaded(x), sliced(x))
+    assert not loaded.training
+
+
+def test_a_network_of_ones_own_is_built_by_its_function(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        return Net(
+            lambda m, x: m.out(torch.flatten(m.norm(m.a(x)), 1)),
+            a=nn.Conv2d(3, 7, 3, stride=4), norm=nn.BatchNorm2d(7), out=nn.Linear(7 * 16, 10),
+        )  # fmt: skip
+
+    sliced = exported(tmp_path, build().eval(), "inner", name="my_net")
+    with pytest.raises(UserError, match=r"model must be one of resnet20.*but got 'my_net'"):
+        load_pruned(tmp_path)
+    x = torch.ones(1, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(load_pruned(tmp_path, build=build)(x), sliced(x))
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"format": 2}, "format must be 1, but got 2"),
+        ({"keep_counts": None}, "does not describe a pruned model: AttributeError"),
+        ({"keep_counts": {"a": "many"}}, "does not describe a pruned model: ValueError"),
+        ({"input_shape": [3, 16]}, "does not describe a pruned model: ValueError"),
+        ({"normalisation": {"mean": [0.5]}}, "does not describe a pruned model: KeyError: 'std'"),
+        ({"cost": 7}, "does not describe a pruned model: TypeError"),
+        ({"scope": "outer"}, "scope must be one of inner, all, but got 'outer'"),
+        ({"keep_counts": {"layer1.0.conv1": 3}}, "layer1.1.conv1: missing"),
+        ({"model": "resnet1001"}, "but got 'resnet1001'"),
+        ({"classes": ["a"]}, "classes must be a whole number from 2 up, but got 1"),
+        ({"classes": ["a", "b"]}, "wrong shape: linear.weight"),
+    ],
+)
+def test_a_damaged_architecture_is_refused(tmp_path: Path, changes: dict, text: str) -> None:
+    exported(tmp_path, resnet20(), "inner")
+    edit(tmp_path, **changes)
+    with pytest.raises(UserError) as caught:
+        load_pruned(tmp_path)
+    assert text in str(caught.value)
+
+
+@pytest.mark.parametrize(("count", "text"), [(0, "got ()"), (17, "in [0, 16)"), (-1, "got ()"), (1, "wrong shape")])
+def test_wrong_keep_counts_are_refused(tmp_path: Path, count: int, text: str) -> None:
+    exported(tmp_path, resnet20(), "inner")
+    counts = {**load_architecture(tmp_path).keep_counts, "layer1.0.conv1": count}
+    edit(tmp_path, keep_counts=counts)
+    with pytest.raises(UserError) as caught:
+        load_pruned(tmp_path)
+    assert text in str(caught.value)
+    assert "layer1.0" in str(caught.value)
+
+
+@pytest.mark.parametrize(("file", "bytes_"), [("architecture.json", b"{"), ("model.safetensors", b"\x08")])
+def test_damaged_and_missing_files_are_named(tmp_path: Path, file: str, bytes_: bytes) -> None:
+    exported(tmp_path, resnet20(), "inner")
+    (tmp_path / file).write_bytes(bytes_)
+    with pytest.raises(UserError, match=file.replace(".", r"\.")):
+        load_pruned(tmp_path)
+    (tmp_path / file).unlink()
+    with pytest.raises(UserError, match=file.replace(".", r"\.") + ".* does not exist"):
+        load_pruned(tmp_path)
+
+
+def test_latency_is_measured_for_every_model() -> None:
+    small, large = nn.Conv2d(3, 4, 1), nn.Sequential(*(nn.Conv2d(3, 3, 7, padding=3) for _ in range(30))).train()
+    latencies = measure_latency([small, large], (3, 32, 32), batch=2, repeats=5)
+    assert [latency.batch for latency in latencies] == [2, 2]
+    assert all(latency.spread_ms >= 0 for latency in latencies)
+    assert 0 < latencies[0].median_ms < latencies[1].median_ms
+    assert not large.training

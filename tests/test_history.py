@@ -1,0 +1,104 @@
+"""Episodes on file: credit, order, resume, damage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cacp.history import Episode, History, target_budgets
+from cacp.schema import Budget, Cost, UserError
+
+DENSE = Cost(1000, 100)
+BUDGETS = target_budgets([0.5, 0.503, 0.7])
+
+
+def episode(number: int, macs: int = 500, top1: float = 0.5, loss: float = 1.0, counts: tuple = (3, 4)) -> Episode:
+    return Episode(number, 0.5, top1, top1, loss, macs, 50, 0.5, 0.25, counts)
+
+
+def numbers(history: History, budget: Budget, most: int = 10) -> list[int]:
+    return [episode.episode for episode in history.best(budget, most)]
+
+
+def test_an_episode_is_credited_to_every_budget_whose_window_it_lies_in(tmp_path: Path) -> None:
+    history = History(tmp_path / "episodes.csv", DENSE, BUDGETS)
+    for number, macs in enumerate((500, 502, 495, 494, 700, 701), start=1):
+        history.append(episode(number, macs, counts=(number,)))
+    assert set(numbers(history, BUDGETS[0])) == {1, 3}
+    assert set(numbers(history, BUDGETS[1])) == {1, 2}
+    assert set(numbers(history, BUDGETS[2])) == {5}
+    assert set(history.leaders) == {budget.name for budget in BUDGETS}
+
+
+def test_best_are_different_policies_by_top1_then_loss(tmp_path: Path) -> None:
+    history = History(tmp_path / "episodes.csv", DENSE, BUDGETS)
+    for number, (top1, loss, counts) in enumerate(
+        [(0.5, 1.0, (1,)), (0.7, 2.0, (2,)), (0.7, 1.5, (3,)), (0.7, 1.5, (3,)), (0.6, 0.1, (4,))], start=1
+    ):
+        history.append(episode(number, top1=top1, loss=loss, counts=counts))
+    assert numbers(history, BUDGETS[0]) == [3, 2, 5, 1]
+    assert numbers(history, BUDGETS[0], most=2) == [3, 2]
+    assert history.leaders["macs-0.50"].episode == 3
+
+
+def test_a_later_episode_leads_only_if_it_is_better(tmp_path: Path) -> None:
+    history = History(tmp_path / "episodes.csv", DENSE, BUDGETS)
+    history.append(episode(1, top1=0.6, counts=(1,)))
+    history.append(episode(2, top1=0.6, counts=(2,)))
+    assert history.leaders["macs-0.50"].episode == 1
+    history.append(episode(3, top1=0.6, loss=0.9, counts=(3,)))
+    assert history.leaders["macs-0.50"].episode == 3
+
+
+def test_resume_cuts_the_file_to_the_finished_episodes(tmp_path: Path) -> None:
+    path = tmp_path / "episodes.csv"
+    history = History(path, DENSE, BUDGETS)
+    for number in range(1, 6):
+        history.append(episode(number, top1=number / 10, counts=(number, 7)))
+    resumed = History(path, DENSE, BUDGETS, finished=3)
+    assert resumed.episodes == history.episodes[:3]
+    assert numbers(resumed, BUDGETS[0]) == [3, 2, 1]
+    assert resumed.leaders["macs-0.50"].episode == 3
+    lines = path.read_text().splitlines()
+    assert lines[0] == "episode,target,reward,top1,loss,macs,params,noise,seconds,counts"
+    assert lines[1:] == [f"{n},0.5,0.{n},0.{n},1.0,500,50,0.5,0.25,{n}-7" for n in (1, 2, 3)]
+    resumed.append(episode(4, top1=0.9))
+    assert len(path.read_text().splitlines()) == 5
+
+
+def test_a_new_search_starts_an_empty_file(tmp_path: Path) -> None:
+    path = tmp_path / "episodes.csv"
+    History(path, DENSE, BUDGETS).append(episode(1))
+    assert History(path, DENSE, BUDGETS).episodes == []
+    assert len(path.read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("damage", "text"),
+    [
+        (lambda text: text.replace("0.5", "half"), "cannot be read: ValueError"),
+        (lambda text: text.replace("macs", "flops"), "cannot be read: KeyError: 'macs'"),
+        (lambda text: text[: text.rindex(",")], "cannot be read"),
+        (lambda text: text.replace("3-4", "3-4" + "0" * 200_000), "cannot be read: Error: field larger"),
+        (lambda text: "", "must hold the 2 episodes of the checkpoint beside it, but holds 0"),
+        (lambda text: text.replace("\n2,", "\n3,"), "must hold the 2 episodes"),
+        (lambda text: "\n".join(text.splitlines()[:2]), "but holds 1"),
+    ],
+)
+def test_a_damaged_file_is_named_with_a_remedy(tmp_path: Path, damage: object, text: str) -> None:
+    path = tmp_path / "episodes.csv"
+    history = History(path, DENSE, BUDGETS)
+    history.append(episode(1))
+    history.append(episode(2))
+    path.write_text(damage(path.read_text().replace("\r\n", "\n")))
+    with pytest.raises(UserError) as caught:
+        History(path, DENSE, BUDGETS, finished=2)
+    assert str(caught.value).startswith(str(path))
+    assert text in str(caught.value)
+    assert "restore it or use another --output" in str(caught.value)
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be read: FileNotFoundError"):
+        History(tmp_path / "episodes.csv", DENSE, BUDGETS, finished=1)
