@@ -41,6 +41,7 @@ from cacp.slicing import counts_policy
 from envs import ChannelPruningEnv, EpisodeResult
 
 CHECKPOINT_EPISODES = 10  # a kill loses at most so many episodes
+REPLAY_EPISODES = 100  # as in the paper
 RESCORED = 10  # best policies of a target that are scored again: maxima over noisy scores are biased
 
 
@@ -83,7 +84,7 @@ def search(experiment: Experiment, ranked: Ranked, budgets: list[Budget]) -> Non
     console.print(f"dense {experiment.model}: {percent(bench.dense.validation_top1)} % top-1 on the validation images")
     show_reachable(bench, budgets)
     env = ChannelPruningEnv(bench.groups, ranked.score, top1_reward, experiment.targets)
-    agent = make_agent(experiment, env)
+    agent = make_agent(experiment, env, len(bench.groups.prunable))
     finished = 0
     saved = load_state(folder / "checkpoint")
     if saved:
@@ -102,10 +103,16 @@ def method_name(experiment: Experiment) -> str:
     return f"search {experiment.agent}"
 
 
-def make_agent(experiment: Experiment, env: ChannelPruningEnv) -> Searcher:
+def make_agent(experiment: Experiment, env: ChannelPruningEnv, groups: int) -> Searcher:
+    """The agent of the experiment; an episode has a transition for each of the prunable `groups`."""
     if experiment.agent == "random":
         return RandomSearch(env, seed=experiment.seed)
-    return ConditionalDDPG(env, seed=experiment.seed, warmup_episodes=experiment.warmup_episodes)
+    return ConditionalDDPG(
+        env,
+        seed=experiment.seed,
+        warmup_episodes=experiment.warmup_episodes,
+        replay_transitions=REPLAY_EPISODES * groups,
+    )
 
 
 def play(
@@ -205,7 +212,7 @@ def ask(experiment: Experiment, target: float) -> None:
     if missing_policies(experiment.folder, [budget.name], method_name(experiment)):
         ranked = Ranked(build_workbench(experiment), experiment.criterion)
         env = ChannelPruningEnv(ranked.bench.groups, ranked.score, top1_reward, [target])
-        agent = make_agent(experiment, env)
+        agent = make_agent(experiment, env, len(ranked.bench.groups.prunable))
         agent.load_policy_state(load_tensors(networks))
         observation, info = env.reset()
         while "result" not in info:

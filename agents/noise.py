@@ -60,7 +60,7 @@ class NoiseSchedule:
         UserError: unless 0 < floor <= sigma and 0 < decay <= 1.
     """
 
-    sigma: float = 0.5
+    sigma: float = 0.4
     decay: float = 0.99
     floor: float = 0.05
 

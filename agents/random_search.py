@@ -21,13 +21,13 @@ from cacp.checkpoint import pack, unpack
 class RandomSearch:
     """Draws every action from N(0, sigma^2) conditioned on [-1, 1]; the interface of `agents.Searcher`."""
 
-    def __init__(self, env: gymnasium.Env, *, seed: int = 0, sigma: float = 0.5) -> None:
+    def __init__(self, env: gymnasium.Env, *, seed: int = 0, sigma: float = 0.4) -> None:
         """Take an environment.
 
         Args:
             env: action space Box(-1, 1, (1,)), flat observations whose entry 0 is the target.
             seed: of the only generator.
-            sigma: standard deviation before truncation, > 0; 0.5 is that of CACP's warm-up.
+            sigma: standard deviation before truncation, > 0; by default that of the warm-up.
 
         Raises:
             UserError: for other spaces.

@@ -71,9 +71,7 @@ class Experiment:
     weight_decay: float = _setting(1e-4, "dense", "of SGD, pretrain and finetune")
     flip: bool = _setting(True, "dense", "mirror training images at random; not for digits and letters")
     crop_padding: int = _setting(4, "dense", "pixels that a training image is shifted by at most")
-    precision: str = _setting(
-        "auto", "machine", "auto (bf16 where the device has it), fp32 or bf16; training and search"
-    )
+    precision: str = _setting("auto", "dense", "auto (bf16 where the device has it), fp32 or bf16; training and search")
     device: str = _setting("auto", "machine", "auto, cpu, cuda or cuda:N")
     pretrain_epochs: int = _setting(200, "dense", "weights train: epochs of the dense model")
     pretrain_lr: float = _setting(0.1, "dense", "weights train: highest learning rate")

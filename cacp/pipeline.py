@@ -31,6 +31,7 @@ from cacp.schema import ChannelGroups, Normalisation, UserError
 from cacp.scoring import CALIBRATION_BATCH, PolicyScorer
 from cacp.training import evaluate_data, resolve_precision
 
+_WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
 _PACKAGES = ("torch", "torchvision", "gymnasium", "stable-baselines3", "numpy", "safetensors")
 
 
@@ -46,7 +47,7 @@ def run_command(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         sys.exit(_failed("interrupted; the same command goes on from the last checkpoint", status=130))
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if error.errno not in _WRITE_ERRORS:
             raise
         sys.exit(
             _failed(

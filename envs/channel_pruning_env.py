@@ -12,7 +12,7 @@ from gymnasium import spaces
 from cacp.budget import KeepInterval, check_reachable, keep_count, keep_interval
 from cacp.cost import CostModel
 from cacp.schema import Budget, ChannelGroups, Score, UserError
-from envs.observation import FEATURES, observe, static_features
+from envs.observation import FEATURES, mean_target, observe, static_features
 
 
 class EpisodeResult(NamedTuple):
@@ -58,7 +58,8 @@ class ChannelPruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
 
     ## Arguments
     `reset(options={"target": 0.42})` asks for a MACs target, `{"target": {"macs": 0.5, "params": 0.6}}` for a budget of
-    several costs. `episodes_started` counts the round robin and may be set, to go on with an earlier run.
+    several costs. `episodes_started` counts the round robin and may be set, to go on with an earlier run; a seed sets
+    it as well (seed + n goes on after n episodes of a run that began with seed), so that one seed is one trajectory.
 
     ## Differences from the paper
     - action: prune ratio in [0.05, 1], clamped afterwards -> position in the feasible interval: the stored action is
@@ -106,6 +107,8 @@ class ChannelPruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """Start an episode; `options={"target": ...}` asks for a target or a budget."""
         super().reset(seed=seed)
+        if seed is not None:
+            self.episodes_started = seed  # one seed, one trajectory: its targets too
         asked = (options or {}).get("target")
         self._budget = self._asked(asked) if asked is not None else self._next_budget()
         self._chosen = []
@@ -143,7 +146,7 @@ class ChannelPruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         self._interval = None
         counts = tuple(self._chosen)
         score = self._score_fn(counts)
-        reward = float(self._reward_fn(score, float(self._observation()[0])))
+        reward = float(self._reward_fn(score, mean_target(self._budget)))
         result = EpisodeResult(self._budget, counts, score, reward)
         return self._observation(), reward, True, False, {"result": result}
 

@@ -64,6 +64,11 @@ def _entries(groups: ChannelGroups, axis: Axis) -> int:
     return axis.repeat * sum(groups[name].channels for name in axis.segments)
 
 
+def mean_target(budget: Budget) -> float:
+    """The target that stands for a budget: its only one, or the mean of several."""
+    return sum(budget.targets.values()) / len(budget.targets)
+
+
 def observe(
     static: np.ndarray, cost_model: CostModel, budget: Budget, chosen: Sequence[int], interval: KeepInterval | None
 ) -> np.ndarray:
@@ -85,7 +90,7 @@ def observe(
     last = chosen[-1] / channels[step - 1] if step else 1.0
     low, even, high = interval or KeepInterval(chosen[-1], chosen[-1], chosen[-1])
     observation = np.empty(FEATURES, dtype=np.float32)
-    observation[0] = np.mean(list(budget.targets.values()))
+    observation[0] = mean_target(budget)
     observation[1] = step / len(channels)
     observation[_STATIC] = static[group]
     observation[10:12] = fractions

@@ -1,6 +1,7 @@
 """The real commands on tiny budgets: one run from pretraining to fine-tuning, typed again, killed, and misused."""
 
 import csv
+import importlib
 import json
 import os
 import signal
@@ -8,12 +9,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import cacp
+from cacp.checkpoint import save_tensors
+from cacp.models import build_model
+from cacp.pipeline import run_command
 from cacp.schema import PolicyRecord
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,19 +33,52 @@ TINY = [
     "--finetune_epochs=1",
 ]
 
+LIMITED = """
+import os, resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
+os.execv(sys.argv[2], sys.argv[2:])
+"""
 
-def start(command: str, *arguments: object) -> subprocess.Popen[str]:
+
+def start(command: str, *arguments: object, file_limit: int | None = None) -> subprocess.Popen[str]:
+    """Start an entry point; no file it writes may grow beyond `file_limit` bytes, which looks like a full disk."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     line = [sys.executable, f"{command}.py", *map(str, arguments)]
+    if file_limit:
+        line = [sys.executable, "-c", LIMITED, str(file_limit), *line]
     return subprocess.Popen(line, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def run(command: str, *arguments: object, status: int = 0) -> str:
-    process = start(command, *arguments)
+def run(command: str, *arguments: object, status: int = 0, file_limit: int | None = None) -> str:
+    """Run an entry point as a process; its output, or its error text where it must fail."""
+    process = start(command, *arguments, file_limit=file_limit)
     out, err = process.communicate(timeout=300)
     assert process.returncode == status, out + err
     assert "Traceback" not in err, err
     return out if status == 0 else err
+
+
+class Call(Protocol):
+    def __call__(self, command: str, *arguments: object, status: int = 0) -> str: ...
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
+    """Like `run`, in this process: the imports of an entry point take seconds."""
+
+    def called(command: str, *arguments: object, status: int = 0) -> str:
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(sys, "argv", [f"{command}.py", *map(str, arguments)])
+        ended = 0
+        try:
+            run_command(importlib.import_module(command).main)
+        except SystemExit as exit_:
+            ended = exit_.code
+        out, err = capsys.readouterr()
+        assert ended == status, out + err
+        return out if status == 0 else err
+
+    return called
 
 
 @pytest.fixture(scope="module")
@@ -97,20 +135,20 @@ def test_finetuned_model_loads_by_the_folder_alone(finished: Path) -> None:
     assert not model.training
 
 
-def test_typed_again_nothing_is_done_again(finished: Path) -> None:
+def test_typed_again_nothing_is_done_again(call: Call, finished: Path) -> None:
     files = [
         path for path in finished.rglob("*") if path.is_file() and path.name not in ("config.yaml", "environment.json")
     ]
     before = {path: path.stat().st_mtime_ns for path in files}
     for command in ("pretrain", "search", "export"):
-        run(command, *TINY, "--output", finished)
-    run("finetune", finished)
+        call(command, *TINY, "--output", finished)
+    call("finetune", finished)
     assert {path: path.stat().st_mtime_ns for path in files} == before
     assert len([path for path in finished.rglob("*") if path.is_file()]) == len(before) + 2
 
 
-def test_the_agent_answers_a_target_it_never_saw(finished: Path) -> None:
-    out = run("search", "--ask", 0.45, "--output", finished)
+def test_the_agent_answers_a_target_it_never_saw(call: Call, finished: Path) -> None:
+    out = call("search", "--ask", 0.45, "--output", finished)
     assert "macs-0.45" in out
     path = finished / "policies" / "macs-0.45.json"
     record = PolicyRecord.from_json(json.loads(path.read_text()))
@@ -141,35 +179,34 @@ def test_killed_search_goes_on_to_the_same_end(finished: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("method", ["uniform", "taylor"])
-def test_prune_writes_policies_that_export_takes(finished: Path, tmp_path: Path, method: str) -> None:
+def test_prune_writes_policies_that_export_takes(call: Call, finished: Path, tmp_path: Path, method: str) -> None:
     folder = tmp_path / method
-    run("prune", *TINY, f"--weights={finished}", "--method", method, "--targets", 0.5, "--output", folder)
-    assert "macs-0.50" in run("export", folder)
+    call("prune", *TINY, f"--weights={finished}", "--method", method, "--targets", 0.5, "--output", folder)
+    assert "macs-0.50" in call("export", folder)
     report = json.loads((folder / "export" / "macs-0.50" / "report.json").read_text())
     assert report["policy"]["method"] == method
     assert 0.495 <= report["pruned"]["macs"] / report["dense"]["macs"] <= 0.5
     assert json.loads((folder / "dense" / "result.json").read_text())["validation_unseen"] is True
 
 
-def test_random_search_runs_by_the_same_command(finished: Path, tmp_path: Path) -> None:
+def test_random_search_runs_by_the_same_command(call: Call, finished: Path, tmp_path: Path) -> None:
     folder = tmp_path / "random"
-    run("search", *TINY, f"--weights={finished}", "--agent=random", "--episodes=3", "--output", folder)
+    call("search", *TINY, f"--weights={finished}", "--agent=random", "--episodes=3", "--output", folder)
     record = json.loads((folder / "policies" / "macs-0.70.json").read_text())
     assert record["method"] == "search random"
 
 
-def test_a_folder_of_another_run_is_refused(finished: Path, tmp_path: Path) -> None:
-    error = run("search", *TINY, "--episodes=15", "--output", finished, status=2)
+def test_a_folder_of_another_run_is_refused(call: Call, finished: Path, tmp_path: Path) -> None:
+    error = call("search", *TINY, "--episodes=15", "--output", finished, status=2)
     assert "episodes: 14 -> 15" in error
-    assert "macs" not in run("prune", *TINY, "--output", finished, status=2) or True
     (tmp_path / "notes.txt").write_text("mine")
-    assert "holds no run" in run("search", *TINY, "--output", tmp_path, status=2)
+    assert "holds no run" in call("search", *TINY, "--output", tmp_path, status=2)
     assert (tmp_path / "notes.txt").read_text() == "mine"
-    assert "epochs: 1 -> 2" in run("finetune", finished, "--epochs=2", status=2)
+    assert "epochs: 1 -> 2" in call("finetune", finished, "--epochs=2", status=2)
 
 
-def test_a_method_and_a_search_do_not_share_a_folder(finished: Path) -> None:
-    assert "holds policies of search cacp" in run("prune", *TINY, "--output", finished, status=2)
+def test_a_method_and_a_search_do_not_share_a_folder(call: Call, finished: Path) -> None:
+    assert "holds policies of search cacp" in call("prune", *TINY, "--output", finished, status=2)
 
 
 @pytest.mark.parametrize(
@@ -191,53 +228,59 @@ def test_a_method_and_a_search_do_not_share_a_folder(finished: Path) -> None:
         ("finetune", ["nowhere"], ["nowhere holds no run"]),
     ],
 )
-def test_bad_settings_end_in_one_message(command: str, arguments: list[str], words: list[str]) -> None:
-    error = run(command, *arguments, status=2)
+def test_bad_settings_end_in_one_message(call: Call, command: str, arguments: list[str], words: list[str]) -> None:
+    error = call(command, *arguments, status=2)
     assert all(word in error for word in words), error
     assert not (ROOT / "x").exists()
 
 
-def test_an_unreachable_target_is_refused_with_the_range(finished: Path, tmp_path: Path) -> None:
+def test_an_unreachable_target_is_refused_with_the_range(call: Call, finished: Path, tmp_path: Path) -> None:
     arguments = [*TINY, f"--weights={finished}", "--targets", "0.05", "--output", tmp_path / "low"]
-    error = run("search", *arguments, status=2)
+    error = call("search", *arguments, status=2)
     assert "macs 0.05 (reachable: 0.1" in error
     assert not (tmp_path / "low" / "policies").exists()
 
 
-def test_wrong_weights_are_named(finished: Path, tmp_path: Path) -> None:
+def test_wrong_weights_are_named(call: Call, finished: Path, tmp_path: Path) -> None:
     dense = finished / "dense" / "model.safetensors"
     normal = ["--mean", "0.5", "0.5", "0.5", "--std", "0.5", "0.5", "0.5"]
     other = ["--output", tmp_path / "other"]
-    missing = run("pretrain", *TINY, "--weights=gone.pt", *normal, *other, status=2)
+    missing = call("pretrain", *TINY, "--weights=gone.pt", *normal, *other, status=2)
     assert "gone.pt" in missing
-    assert "give --mean and --std" in run("pretrain", *TINY, f"--weights={dense}", *other, status=2)
-    deeper = run("pretrain", *TINY, "--model=resnet32", f"--weights={dense}", *normal, *other, status=2)
+    assert "give --mean and --std" in call("pretrain", *TINY, f"--weights={dense}", *other, status=2)
+    deeper = call("pretrain", *TINY, "--model=resnet32", f"--weights={dense}", *normal, *other, status=2)
     assert "layer1.3.conv1.weight" in deeper and "layer3.4.bn2.weight" in deeper
     torn = tmp_path / "torn.safetensors"
     torn.write_bytes(dense.read_bytes()[:1000])
-    assert "torn.safetensors" in run("pretrain", *TINY, f"--weights={torn}", *normal, *other, status=2)
+    assert "torn.safetensors" in call("pretrain", *TINY, f"--weights={torn}", *normal, *other, status=2)
     assert not (tmp_path / "other" / "dense").exists()
 
 
-def test_a_model_at_chance_is_refused(tmp_path: Path) -> None:
-    from cacp.checkpoint import save_tensors
-    from cacp.models import build_model
-
+def test_a_model_at_chance_is_refused(call: Call, tmp_path: Path) -> None:
     weights = tmp_path / "untrained.safetensors"
     save_tensors(weights, build_model("resnet20", 10, seed=0).state_dict())
     normal = ["--mean", "0.5", "0.5", "0.5", "--std", "0.5", "0.5", "0.5"]
-    error = run("pretrain", *TINY, f"--weights={weights}", *normal, "--output", tmp_path / "run", status=2)
+    error = call("pretrain", *TINY, f"--weights={weights}", *normal, "--output", tmp_path / "run", status=2)
     assert "normalisation" in error and "order of the classes" in error
     assert not (tmp_path / "run" / "dense").exists()
 
 
-def test_offline_cifar10_says_what_is_missing(tmp_path: Path) -> None:
-    error = run("pretrain", "--config=configs/cifar10_resnet56.yaml", "--data_dir", tmp_path / "data", "--output",
+def test_a_full_disk_ends_in_one_message_and_leaves_no_torn_file(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "full"
+    error = run("pretrain", *TINY, f"--weights={finished}", "--output", folder, status=2, file_limit=100_000)
+    assert "cannot write" in error and "free some space" in error
+    assert list((folder / "dense").iterdir()) == []
+    run("pretrain", *TINY, f"--weights={finished}", "--output", folder)
+    assert (folder / "dense" / "result.json").is_file()
+
+
+def test_offline_cifar10_says_what_is_missing(call: Call, tmp_path: Path) -> None:
+    error = call("pretrain", "--config=configs/cifar10_resnet56.yaml", "--data_dir", tmp_path / "data", "--output",
                 tmp_path / "run", status=2)  # fmt: skip
     assert "cifar-10" in error and str(tmp_path / "data") in error and "digits" in error
 
 
-def test_a_diverged_training_names_the_epoch(tmp_path: Path) -> None:
-    error = run("pretrain", *TINY, "--pretrain_lr=1e30", "--output", tmp_path / "run", status=2)
+def test_a_diverged_training_names_the_epoch(call: Call, tmp_path: Path) -> None:
+    error = call("pretrain", *TINY, "--pretrain_lr=1e30", "--output", tmp_path / "run", status=2)
     assert "epoch 1" in error
     assert not (tmp_path / "run" / "dense" / "model.safetensors").exists()

@@ -103,7 +103,9 @@ def test_concatenation_strings_the_groups_together_in_order() -> None:
 
 
 def test_concatenation_by_keywords_and_negative_dimension() -> None:
-    model = Net(lambda m, x: m.c(torch.cat(tensors=(m.a(x), m.b(x)), dim=-3)), a=conv(3, 4), b=conv(3, 6), c=conv(10, 5))
+    model = Net(
+        lambda m, x: m.c(torch.cat(tensors=(m.a(x), m.b(x)), dim=-3)), a=conv(3, 4), b=conv(3, 6), c=conv(10, 5)
+    )
     groups = trace(model, IMAGE)
     assert axis(groups, "c", "in").segments == ("a", "b")
     assert groups.unknown == ()

@@ -59,7 +59,7 @@ def test_sliced_resnet_equals_masked(scope: str, seed: int) -> None:
     groups = trace(model, images()[:1], scope)
     policy = random_policy(groups, seed)
     masks = {
-        producer if "shortcut" in producer else producer.replace("conv", "bn"): mask(group.channels, policy.keep[group.name])
+        producer.replace("conv", "bn"): mask(group.channels, policy.keep[group.name])  # shortcuts keep their names
         for group in groups.prunable
         for producer in group.producers
     }  # fmt: skip

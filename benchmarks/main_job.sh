@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# The main job on CIFAR-10 as an image folder, with its baselines: what results/main_job.json holds.
+#
+#   bash benchmarks/main_job.sh DATA_DIR WEIGHTS
+#
+# DATA_DIR holds train/<class>/ and test/<class>/; WEIGHTS is a ResNet-56 file whose normalisation is the one below.
+# Typed again it goes on where it stopped.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../scripts/setup.sh"
+data_dir=$1 weights=$2
+
+common=(--config configs/cifar10_resnet56.yaml --dataset imagefolder --data_dir "$data_dir")
+given=(--weights "$weights" --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225)
+
+python search.py "${common[@]}" "${given[@]}" --output runs/main_job
+python search.py "${common[@]}" --weights runs/main_job --agent random --output runs/main_job_random
+python prune.py "${common[@]}" --weights runs/main_job --method uniform --output runs/main_job_uniform
+python prune.py "${common[@]}" --weights runs/main_job --method taylor --output runs/main_job_taylor
+for run in main_job main_job_random main_job_uniform main_job_taylor; do
+    python export.py "runs/$run"
+done
+python finetune.py runs/main_job --epochs 5 --finetune_lr 0.02 --finetune_schedule cosine
+python benchmarks/summarise.py runs/main_job runs/main_job_random runs/main_job_uniform runs/main_job_taylor \
+    --output results/main_job.json

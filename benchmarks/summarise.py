@@ -1,0 +1,82 @@
+"""One JSON and one table of several runs on the same data: every exported model on the test images.
+
+    python benchmarks/summarise.py RUN [RUN ...] --output results/NAME.json
+
+For each run: method, seconds of its search, and for each policy MACs, top-1 in the search, scored again, on the test
+images before fine-tuning, and (where there is a fine-tuning) after it.
+"""
+
+import argparse
+import csv
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cacp.checkpoint import load_json, save_json
+from cacp.data import ImageData, load_dataset
+from cacp.exporting import load_architecture, load_pruned
+from cacp.pipeline import environment
+from cacp.training import evaluate_data
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders, exported; the same data set")
+    parser.add_argument("--output", required=True, type=Path, help="JSON file to write")
+    arguments = parser.parse_args()
+    settings = yaml.safe_load((arguments.runs[0] / "config.yaml").read_text())
+    test = load_dataset(settings["dataset"], "test", Path(settings["data_dir"]), settings["image_size"])
+    summary = {
+        "dense": load_json(arguments.runs[0] / "dense" / "result.json"),
+        "runs": {run.name: summarised(run, test) for run in arguments.runs},
+        "environment": environment(settings["seed"]),
+    }
+    save_json(arguments.output, summary)
+    for name, run in summary["runs"].items():
+        for budget, row in run["policies"].items():
+            print(
+                f"{name:24} {budget} {row['macs'] / row['dense_macs']:.4f} test {100 * row['test_top1_before']:.2f} %"
+            )
+
+
+def summarised(run: Path, test: ImageData) -> dict[str, Any]:
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    keys = ("agent", "episodes", "warmup_episodes", "criterion", "scope", "validation_images", "calibration_images")
+    return {
+        "settings": {key: settings[key] for key in (*keys, "seed")},
+        "search_seconds": search_seconds(run / "search" / "episodes.csv"),
+        "environment": load_json(run / "environment.json"),
+        "policies": {folder.name: policy_row(run, folder.name, test) for folder in sorted((run / "export").iterdir())},
+    }
+
+
+def search_seconds(episodes: Path) -> float | None:
+    if not episodes.is_file():
+        return None
+    with episodes.open(newline="") as file:
+        return round(sum(float(row["seconds"]) for row in csv.DictReader(file)), 1)
+
+
+def policy_row(run: Path, name: str, test: ImageData) -> dict[str, Any]:
+    folder = run / "export" / name
+    report, architecture = load_json(folder / "report.json"), load_architecture(folder)
+    finetuned = run / "finetune" / name / "result.json"
+    policy = report["policy"]
+    return {
+        "method": policy["method"],
+        "episode": policy["episode"],
+        "macs": architecture.cost.macs,
+        "params": architecture.cost.params,
+        "dense_macs": architecture.dense_cost.macs,
+        "top1_in_search": policy["search_score"]["top1"],
+        "top1_scored_again": policy["score"]["top1"],
+        "test_top1_before": evaluate_data(load_pruned(folder), test, architecture.normalisation).top1,
+        "latency_ms": report["latency_ms"],
+        "keep_counts": policy["keep_counts"],
+        "finetuned": load_json(finetuned) if finetuned.is_file() else None,
+    }
+
+
+if __name__ == "__main__":
+    main()

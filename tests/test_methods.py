@@ -1,0 +1,117 @@
+"""Methods without episodes: uniform within the window, Taylor's threshold against brute force."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import resnet20
+from torch import Tensor
+
+from cacp.budget import in_window
+from cacp.cost import CostModel
+from cacp.graph import trace
+from cacp.importance import channel_importance
+from cacp.methods import METHODS, Subject, taylor, uniform
+from cacp.methods.taylor import threshold_counts
+from cacp.schema import Budget, ChannelGroups, Policy
+
+
+def subject(scope: str = "inner", seed: int = 0, spread: float = 1.0) -> Subject:
+    """ResNet-20 with random scores, some groups far more important than others where `spread` is large."""
+    model = resnet20()
+    groups = trace(model, torch.zeros(1, 3, 32, 32), scope)
+    generator = np.random.default_rng(seed)
+
+    def importance(criterion: str) -> dict[str, Tensor]:
+        if criterion == "taylor":
+            return {
+                group.name: torch.tensor(generator.random(group.channels) * spread ** generator.normal())
+                for group in groups.prunable
+            }
+        return channel_importance(model, groups, criterion)
+
+    return Subject(groups, CostModel(groups), importance, "l1")
+
+
+def counts(groups: ChannelGroups, policy: Policy) -> list[int]:
+    return [len(policy.keep[group.name]) for group in groups.prunable]
+
+
+@pytest.mark.parametrize("scope", ["inner", "all"])
+@pytest.mark.parametrize("target", [0.3, 0.5, 0.7])
+def test_uniform_lies_in_the_window_with_one_ratio_for_all(scope: str, target: float) -> None:
+    asked = subject(scope)
+    policy = uniform(asked, Budget({"macs": target}))
+    policy.validate(asked.groups)
+    kept = np.array(counts(asked.groups, policy))
+    cost_model = asked.cost_model
+    assert target - 0.005 <= cost_model.cost(kept).macs / cost_model.dense.macs <= target
+    ratios = kept[1:-1] / cost_model.channels[1:-1]  # the last groups make up for rounding
+    assert np.ptp(ratios) <= 1 / 16 + 1e-9
+    assert policy.criterion == "l1"
+
+
+def test_uniform_keeps_the_largest_filters() -> None:
+    asked = subject()
+    policy = uniform(asked, Budget({"macs": 0.5}))
+    for name, scores in asked.importance("l1").items():
+        kept = list(policy.keep[name])
+        dropped = sorted(set(range(len(scores))) - set(kept))
+        assert scores[kept].min() >= scores[dropped].max()
+
+
+def brute_force(importance: dict[str, Tensor], cost_model: CostModel, budget: Budget) -> list[int]:
+    """Drop the least important channel of the model that may go, one at a time, until every target is met."""
+    left = {name: sorted(scores.tolist()) for name, scores in importance.items()}
+    least = dict(zip(cost_model.names, cost_model.min_keep, strict=True))
+    while True:
+        kept = [len(left[name]) for name in cost_model.names]
+        cost = cost_model.cost(kept)
+        fractions = {"macs": cost.macs / cost_model.dense.macs, "params": cost.params / cost_model.dense.params}
+        if all(fractions[name] <= target for name, target in budget.targets.items()):
+            return kept
+        open_groups = [name for name in cost_model.names if len(left[name]) > least[name]]
+        left[min(open_groups, key=lambda name: left[name][0])].pop(0)
+
+
+@pytest.mark.parametrize("scope", ["inner", "all"])
+@pytest.mark.parametrize("targets", [{"macs": 0.3}, {"macs": 0.7}, {"macs": 0.6, "params": 0.4}])
+@pytest.mark.parametrize("seed", range(3))
+def test_taylor_threshold_equals_dropping_one_channel_at_a_time(scope: str, targets: dict, seed: int) -> None:
+    asked = subject(scope, seed, spread=8.0)
+    importance, budget = asked.importance("taylor"), Budget(targets)
+    found = threshold_counts(importance, asked.cost_model, budget)
+    assert list(found) == brute_force(importance, asked.cost_model, budget)
+
+
+def test_taylor_never_falls_below_the_minimum_of_a_group() -> None:
+    asked = subject(spread=1e6)
+    for target in (0.15, 0.3):
+        found = threshold_counts(asked.importance("taylor"), asked.cost_model, Budget({"macs": target}))
+        assert (np.array(found) >= asked.cost_model.min_keep).all()
+        assert (np.array(found) == asked.cost_model.min_keep).any()  # the rule was needed
+
+
+def test_taylor_keeps_everything_at_target_one_and_the_most_important_below() -> None:
+    asked = subject()
+    scores = asked.importance("taylor")
+    fixed = asked._replace(importance=lambda criterion: scores)
+    assert counts(asked.groups, taylor(fixed, Budget({"macs": 1.0}))) == asked.cost_model.channels.tolist()
+    policy = taylor(fixed, Budget({"macs": 0.5}))
+    policy.validate(asked.groups)
+    assert policy.criterion == "taylor"
+    kept = torch.cat([scores[name][list(indices)] for name, indices in policy.keep.items()])
+    dropped = torch.cat(
+        [scores[name][sorted(set(range(len(scores[name]))) - set(indices))] for name, indices in policy.keep.items()]
+    )
+    assert kept.min() > dropped.max()  # one threshold over all groups; no group is at its minimum here
+    assert asked.cost_model.cost(counts(asked.groups, policy)).macs <= 0.5 * asked.cost_model.dense.macs
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_every_method_meets_a_budget_and_fits_the_model(name: str) -> None:
+    asked, budget = subject("all"), Budget({"macs": 0.5})
+    policy = METHODS[name](asked, budget)
+    policy.validate(asked.groups)
+    assert in_window(asked.cost_model.cost(counts(asked.groups, policy)), asked.cost_model.dense, budget)
