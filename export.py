@@ -17,7 +17,7 @@ from cacp.checkpoint import load_json, load_tensors, save_json
 from cacp.config import experiment_from, parse
 from cacp.cost import counted_cost
 from cacp.exporting import Architecture, Latency, load_pruned, measure_latency, save_pruned
-from cacp.pipeline import Workbench, build_workbench, environment, run_command, select_device
+from cacp.pipeline import Workbench, build_workbench, check_run, environment, run_command, select_device
 from cacp.policies import load_policies
 from cacp.reporting import console, millions, percent, table
 from cacp.schema import PolicyRecord, UserError
@@ -30,6 +30,7 @@ LATENCY_BATCHES = (1, 64)  # images
 def main() -> None:
     experiment = experiment_from(parse("export", "Write the pruned models of a run.", sys.argv[1:], run_argument=True))
     select_device(experiment.device)
+    check_run(experiment)
     records = load_policies(experiment.folder)
     folders = {record.budget.name: experiment.folder / "export" / record.budget.name for record in records}
     bench: Workbench | None = None
@@ -47,7 +48,8 @@ def main() -> None:
 
 def is_current(folder: Path, record: PolicyRecord) -> bool:
     """Whether the folder holds the export of exactly this policy."""
-    return (folder / "report.json").is_file() and load_json(folder / "report.json")["policy"] == record.to_json()
+    path = folder / "report.json"
+    return path.is_file() and load_json(path, ["policy"])["policy"] == record.to_json()
 
 
 def export(bench: Workbench, model_name: str, record: PolicyRecord, folder: Path) -> None:
@@ -70,6 +72,7 @@ def export(bench: Workbench, model_name: str, record: PolicyRecord, folder: Path
         cost=cost,
         dense_cost=bench.cost_model.dense,
     )
+    (folder / "report.json").unlink(missing_ok=True)  # it vouches for the model beside it
     save_pruned(folder, sliced, architecture)
     loaded = load_pruned(folder).to(device_of(sliced)).to(memory_format=torch.channels_last)
     check_parity(sliced, loaded, bench)

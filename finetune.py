@@ -13,11 +13,11 @@ from typing import Any
 
 from torch import nn
 
-from cacp.checkpoint import load_json, save_json
+from cacp.checkpoint import load_json, save_json, sha256
 from cacp.config import Experiment, experiment_from, parse
 from cacp.data import Splits, load_dataset
-from cacp.exporting import ARCHITECTURE, load_architecture, load_pruned, save_pruned
-from cacp.pipeline import DenseModel, environment, load_dense, load_splits, run_command, select_device
+from cacp.exporting import WEIGHTS, load_architecture, load_pruned, save_pruned
+from cacp.pipeline import DenseModel, check_run, environment, load_dense, load_splits, run_command, select_device
 from cacp.reporting import console, millions, percent, table, track_training
 from cacp.schema import UserError
 from cacp.training import EpochRecord, Recipe, chosen_epoch, evaluate_data, fit
@@ -27,12 +27,13 @@ def main() -> None:
     description = "Fine-tune the exported models of a run."
     experiment = experiment_from(parse("finetune", description, sys.argv[1:], run_argument=True))
     device = select_device(experiment.device)
-    exports = sorted(path.parent for path in (experiment.folder / "export").glob(f"*/{ARCHITECTURE}"))
+    exports = sorted(path.parent for path in (experiment.folder / "export").glob("*/report.json"))
     if not exports:
         raise UserError(f"{experiment.folder} holds no exported model; run export.py {experiment.folder} first")
     folders = {export.name: experiment.folder / "finetune" / export.name for export in exports}
+    check_run(experiment)
     recipe = recipe_of(experiment)
-    waiting = [export for export in exports if not is_done(folders[export.name], recipe)]
+    waiting = [export for export in exports if not is_done(folders[export.name], export, recipe)]
     if waiting:
         splits = load_splits(experiment)
         dense = load_dense(experiment, splits, device)
@@ -56,16 +57,22 @@ def recipe_of(experiment: Experiment) -> Recipe:
     )
 
 
-def is_done(folder: Path, recipe: Recipe) -> bool:
-    """Whether the folder holds a finished fine-tuning by this recipe.
+def is_done(folder: Path, export: Path, recipe: Recipe) -> bool:
+    """Whether the folder holds a finished fine-tuning of this export by this recipe.
 
     Raises:
-        UserError: if it holds one by another recipe.
+        UserError: if it holds one, begun or finished, of another export or by another recipe.
     """
+    source = folder / "source.json"
+    exported = {"weights_sha256": sha256(export / WEIGHTS)}
+    if source.is_file() and load_json(source) != exported:
+        raise UserError(f"{folder} belongs to an earlier export of another policy; move it away, then run again")
+    if not source.is_file():
+        save_json(source, exported)
     path = folder / "result.json"
     if not path.is_file():
         return False
-    there, here = load_json(path)["recipe"], asdict(recipe)
+    there, here = load_json(path, ["recipe", "test_top1"])["recipe"], asdict(recipe)
     different = [f"{key}: {there.get(key)!r} -> {here[key]!r}" for key in here if there.get(key) != here[key]]
     if different:
         raise UserError(

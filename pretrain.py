@@ -14,7 +14,7 @@ from cacp.checkpoint import load_json
 from cacp.config import Experiment, experiment_from, parse
 from cacp.data import Splits, channel_statistics
 from cacp.models import build_model
-from cacp.pipeline import import_weights, load_splits, open_run, run_command, save_dense, select_device
+from cacp.pipeline import check_targets, import_weights, load_inputs, open_run, run_command, save_dense, select_device
 from cacp.reporting import console, percent, track_training
 from cacp.training import Recipe, chosen_epoch, fit
 
@@ -25,7 +25,8 @@ def main() -> None:
     open_run(experiment)
     folder = experiment.folder / "dense"
     if not (folder / "result.json").is_file():
-        splits = load_splits(experiment)
+        splits = load_inputs(experiment)
+        check_targets(experiment, splits)
         if experiment.weights == "train":
             train_dense(experiment, splits, device)
         else:
@@ -56,7 +57,6 @@ def train_dense(experiment: Experiment, splits: Splits, device: torch.device) ->
     records = track_training(epochs, recipe.epochs, folder, f"train {experiment.model}")
     origin = {
         "source": "trained by pretrain.py",
-        "sha256": None,
         "trained_on": f"{len(splits.train)} training images without the validation images",
         "validation_unseen": True,
         "chosen_epoch": chosen_epoch(records),

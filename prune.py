@@ -21,15 +21,17 @@ def main() -> None:
     experiment = experiment_from(parse("prune", "Prune by a method without episodes.", sys.argv[1:]))
     select_device(experiment.device)
     open_run(experiment)
-    names = [budget.name for budget in target_budgets(experiment.targets)]
+    budgets = target_budgets(experiment.targets)
+    names = [budget.name for budget in budgets]
     if missing_policies(experiment.folder, names, experiment.method):
         bench = build_workbench(experiment)
         console.print(
             f"dense {experiment.model}: {percent(bench.dense.validation_top1)} % top-1 on the validation images"
         )
         subject = Subject(bench.groups, bench.cost_model, bench.importance, experiment.criterion)
-        for budget in target_budgets(experiment.targets):
+        for budget in budgets:
             check_reachable(bench.cost_model, budget)
+        for budget in budgets:
             policy = METHODS[experiment.method](subject, budget)
             record = PolicyRecord(
                 policy=policy,

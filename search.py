@@ -19,6 +19,7 @@ from cacp.importance import channel_orders
 from cacp.pipeline import (
     Workbench,
     build_workbench,
+    check_run,
     open_run,
     run_command,
     select_device,
@@ -152,8 +153,10 @@ def play(
             bests = (f"{name} {100 * row.top1:.1f} %" for name, row in history.leaders.items())
             progress.advance("best " + ", ".join(bests))
 
-        agent.run(experiment.episodes - finished, on_episode)
-    logger.close()
+        try:
+            agent.run(experiment.episodes - finished, on_episode)
+        finally:
+            logger.close()
 
 
 def finished_episode(end: EpisodeEnd, seconds: float) -> Episode:
@@ -205,6 +208,7 @@ def ask(experiment: Experiment, target: float) -> None:
     Raises:
         UserError: if the search is not finished, or the target cannot be met.
     """
+    check_run(experiment)
     budget = Budget({"macs": target})
     networks = experiment.folder / "search" / "agent" / "networks.safetensors"
     if not networks.is_file():
@@ -237,6 +241,8 @@ def show_reachable(bench: Workbench, budgets: list[Budget]) -> None:
     """A table of what can be reached, before the first episode; a budget that can't be is refused."""
     for budget in budgets:
         check_reachable(bench.cost_model, budget)
+    for name in bench.groups.unknown:
+        console.print(f"not known to trace, kept whole: {name}")
     dense, least = bench.cost_model.dense, reachable_fractions(bench.cost_model)
     rows = [
         [

@@ -12,7 +12,7 @@ import math
 import os
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from cacp.schema import UserError, dump_json
 
 NEWEST = "checkpoint.safetensors"
 PREVIOUS = "checkpoint.previous.safetensors"
+_DAMAGE = (OSError, SafetensorError, ValueError, RuntimeError)
 
 
 class SavedState(NamedTuple):
@@ -91,14 +92,18 @@ def save_json(path: str | Path, data: Any) -> None:
     write_atomically(path, text)
 
 
-def load_json(path: str | Path) -> Any:
-    """Read a JSON file.
+def load_json(path: str | Path, required: Sequence[str] = ()) -> Any:
+    """Read a JSON file; with `required`, an object that has at least these keys.
 
     Raises:
-        UserError: naming the file, when it is missing, unreadable or not JSON.
+        UserError: naming the file, when it is missing, unreadable, not JSON, or lacks a key.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        missing = [key for key in required if not isinstance(data, dict) or key not in data]
+        if missing:
+            raise ValueError(f"it lacks {', '.join(missing)}")
+        return data
     except FileNotFoundError as error:
         raise UserError(f"path must be a JSON file, but {path} does not exist; check the name of the folder") from error
     except (OSError, ValueError) as error:
@@ -108,9 +113,9 @@ def load_json(path: str | Path) -> Any:
         ) from error
 
 
-def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+def save_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors of any device, layout and sharing to a safetensors file, atomically."""
-    write_atomically(path, serialise(_on_cpu(tensors), dict(metadata) if metadata else None))
+    write_atomically(path, serialise(_on_cpu(tensors), None))
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -180,7 +185,7 @@ def save_state(folder: str | Path, tensors: Mapping[str, Tensor], data: Any) -> 
     newest = Path(folder) / NEWEST
     temporary = _write_temporary(newest, content)
     # The new file is whole on disk before the old one moves: a crash in between leaves `PREVIOUS`, which loads.
-    if newest.exists():
+    if newest.exists() and not _damage(newest):  # a damaged one must not push out the one that loads
         os.replace(newest, newest.with_name(PREVIOUS))
     _move(temporary, newest)
 
@@ -207,7 +212,7 @@ def load_state(folder: str | Path) -> SavedState | None:
     for path in present:
         try:
             state = _read_checked(path)
-        except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+        except _DAMAGE as error:
             damaged.append(f"{path}: {error}")
             continue
         if damaged:
@@ -220,6 +225,15 @@ def load_state(folder: str | Path) -> SavedState | None:
             + f"\ndelete {folder} to start that part again, or restore it from a copy"
         )
     return None
+
+
+def _damage(path: Path) -> str:
+    """What is wrong with a checkpoint file; empty for a whole one."""
+    try:
+        _read_checked(path)
+    except _DAMAGE as error:
+        return f"{path}: {error}"
+    return ""
 
 
 def _read_checked(path: Path) -> SavedState:

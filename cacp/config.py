@@ -7,6 +7,7 @@ an error. Every field says which stage it shapes: a run whose stage is done refu
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,16 +26,18 @@ from cacp.importance import CRITERIA
 from cacp.methods import METHODS
 from cacp.models import MODEL_NAMES
 from cacp.schema import UserError
-from cacp.training import SCHEDULES
+from cacp.training import PRECISIONS, SCHEDULES
 
-PRECISIONS = ("auto", "fp32", "bf16")
-STAGES = ("dense", "policy", "finetune", "machine")
+# What a setting shapes: who the dense model is and which images judge it, how networks are trained, the policies, the
+# fine-tuning, or nothing but where and on what a command runs.
+IDENTITY, TRAINING, POLICY, FINETUNE, MACHINE = "identity", "training", "policy", "finetune", "machine"
+LARGEST_SEED = 2**32 - 1
 _COMMAND_STAGES = {
-    "pretrain": ("dense",),
-    "search": ("policy",),
-    "prune": ("policy",),
+    "pretrain": (IDENTITY, TRAINING),
+    "search": (POLICY,),
+    "prune": (POLICY,),
     "export": (),
-    "finetune": ("finetune",),
+    "finetune": (FINETUNE,),
 }
 
 
@@ -50,50 +53,59 @@ class Experiment:
         UserError: listing every value outside its range.
     """
 
-    output: str = _setting("", "machine", "run folder (default: runs/ and the name of the config file)")
-    model: str = _setting("resnet56", "dense", f"one of {', '.join(MODEL_NAMES)}")
+    output: str = _setting("", MACHINE, "run folder (default: runs/ and the name of the config file)")
+    model: str = _setting("resnet56", IDENTITY, f"one of {', '.join(MODEL_NAMES)}")
     weights: str = _setting(
-        "train", "dense", "train, published, a weights file (.safetensors, .pt, .pth, .th), or another run's folder"
+        "train", IDENTITY, "train, published, a weights file (.safetensors, .pt, .pth, .th), or another run's folder"
     )
-    dataset: str = _setting("digits", "dense", f"one of {', '.join(DATASETS)}")
-    data_dir: str = _setting("data", "machine", "folder of the data set; cifar10 and cifar100 are downloaded there")
-    image_size: int | None = _setting(None, "dense", "imagefolder: resize and crop to this many pixels a side")
+    dataset: str = _setting("digits", IDENTITY, f"one of {', '.join(DATASETS)}")
+    data_dir: str = _setting("data", MACHINE, "folder of the data set; cifar10 and cifar100 are downloaded there")
+    image_size: int | None = _setting(None, IDENTITY, "imagefolder: resize and crop to this many pixels a side")
     mean: list[float] | None = _setting(
-        None, "dense", "a weights file: mean of the normalisation it expects, in [0, 1]"
+        None, IDENTITY, "a weights file: mean of the normalisation it expects, in [0, 1]"
     )
-    std: list[float] | None = _setting(None, "dense", "a weights file: standard deviation, likewise")
+    std: list[float] | None = _setting(None, IDENTITY, "a weights file: standard deviation, likewise")
     validation_images: int = _setting(
-        2000, "dense", "images that score an episode; as many again score the best once more"
+        2000, IDENTITY, "images that score an episode; as many again score the best once more"
     )
-    calibration_images: int = _setting(1024, "dense", "training images that batch norm is recalibrated on")
-    seed: int = _setting(0, "dense", "of everything random")
-    batch_size: int = _setting(256, "dense", "images in a training step, pretrain and finetune")
-    weight_decay: float = _setting(1e-4, "dense", "of SGD, pretrain and finetune")
-    flip: bool = _setting(True, "dense", "mirror training images at random; not for digits and letters")
-    crop_padding: int = _setting(4, "dense", "pixels that a training image is shifted by at most")
-    precision: str = _setting("auto", "dense", "auto (bf16 where the device has it), fp32 or bf16; training and search")
-    device: str = _setting("auto", "machine", "auto, cpu, cuda or cuda:N")
-    pretrain_epochs: int = _setting(200, "dense", "weights train: epochs of the dense model")
-    pretrain_lr: float = _setting(0.1, "dense", "weights train: highest learning rate")
-    pretrain_schedule: str = _setting("cosine", "dense", f"weights train: one of {', '.join(SCHEDULES)}")
+    calibration_images: int = _setting(1024, IDENTITY, "training images that batch norm is recalibrated on")
+    seed: int = _setting(0, IDENTITY, "of everything random")
+    batch_size: int = _setting(256, TRAINING, "images in a training step, pretrain and finetune")
+    weight_decay: float = _setting(1e-4, TRAINING, "of SGD, pretrain and finetune")
+    flip: bool = _setting(True, TRAINING, "mirror training images at random; not for digits and letters")
+    crop_padding: int = _setting(4, TRAINING, "pixels that a training image is shifted by at most")
+    precision: str = _setting(
+        "auto", TRAINING, "auto (bf16 where the device has it), fp32 or bf16; training and search"
+    )
+    device: str = _setting("auto", MACHINE, "auto, cpu, cuda or cuda:N")
+    pretrain_epochs: int = _setting(200, TRAINING, "weights train: epochs of the dense model")
+    pretrain_lr: float = _setting(0.1, TRAINING, "weights train: highest learning rate")
+    pretrain_schedule: str = _setting("cosine", TRAINING, f"weights train: one of {', '.join(SCHEDULES)}")
     targets: list[float] = _setting(
-        (0.3, 0.5, 0.7), "policy", "macs targets: kept fractions of the dense MACs, in (0, 1]"
+        (0.3, 0.5, 0.7), POLICY, "macs targets: kept fractions of the dense MACs, in (0, 1]"
     )
-    criterion: str = _setting("l1", "policy", f"ranks the channels: one of {', '.join(CRITERIA)}")
-    scope: str = _setting("inner", "policy", "inner (channels inside a block) or all (residual streams too)")
-    agent: str = _setting("cacp", "policy", f"search: one of {', '.join(AGENTS)}")
-    episodes: int = _setting(900, "policy", "search: policies to score, all targets together")
-    warmup_episodes: int = _setting(100, "policy", "search: episodes drawn at random before the agent acts")
-    method: str = _setting("uniform", "policy", f"prune: one of {', '.join(METHODS)}")
-    finetune_epochs: int = _setting(400, "finetune", "epochs of every exported model")
-    finetune_lr: float = _setting(0.1, "finetune", "highest learning rate")
+    criterion: str = _setting("l1", POLICY, f"ranks the channels: one of {', '.join(CRITERIA)}")
+    scope: str = _setting("inner", POLICY, "inner (channels inside a block) or all (residual streams too)")
+    agent: str = _setting("cacp", POLICY, f"search: one of {', '.join(AGENTS)}")
+    episodes: int = _setting(900, POLICY, "search: policies to score, all targets together")
+    warmup_episodes: int = _setting(100, POLICY, "search: episodes drawn at random before the agent acts")
+    method: str = _setting("uniform", POLICY, f"prune: one of {', '.join(METHODS)}")
+    finetune_epochs: int = _setting(400, FINETUNE, "epochs of every exported model")
+    finetune_lr: float = _setting(0.1, FINETUNE, "highest learning rate")
     finetune_schedule: str = _setting(
-        "paper", "finetune", "paper (x0.1 every 20 epochs), step (x0.1 at half and three quarters) or cosine"
+        "paper", FINETUNE, "paper (x0.1 every 20 epochs), step (x0.1 at half and three quarters) or cosine"
     )
 
     def __post_init__(self) -> None:
+        empty = [
+            f"{item.name} must have a value, but got none"
+            for item in dataclasses.fields(self)
+            if getattr(self, item.name) is None and item.default is not None
+        ]
+        if empty:
+            raise UserError("these settings are empty:\n  " + "\n  ".join(empty))
         object.__setattr__(self, "targets", tuple(dict.fromkeys(self.targets)))
-        wrong = [*_wrong_choices(self), *_wrong_numbers(self)]
+        wrong = [*_wrong_choices(self), *_wrong_numbers(self), *_wrong_targets(self)]
         if wrong:
             raise UserError("these settings are out of range:\n  " + "\n  ".join(wrong))
 
@@ -139,10 +151,8 @@ def _wrong_numbers(experiment: Experiment) -> list[str]:
         value = getattr(experiment, key)
         if not (math.isfinite(value) and value >= 0):
             wrong.append(f"{key} must be at least 0, but got {value}")
-    if not experiment.targets or not all(0 < target <= 1 for target in experiment.targets):
-        wrong.append(
-            f"targets must be kept fractions in (0, 1], but got {list(experiment.targets)}; 0.5 keeps half of the MACs"
-        )
+    if experiment.seed > LARGEST_SEED:
+        wrong.append(f"seed must be at most {LARGEST_SEED}, but got {experiment.seed}")
     if experiment.image_size is not None and experiment.image_size < 8:
         wrong.append(f"image_size must be at least 8 pixels, but got {experiment.image_size}")
     if (experiment.mean is None) != (experiment.std is None):
@@ -168,11 +178,24 @@ def parse(command: str, description: str, argv: Sequence[str], run_argument: boo
     Returns:
         Namespace of every Experiment field, plus what `search.py` adds. Use `experiment(namespace)`.
     """
+    _check_files(argv)
+    first = _parser(command, description, run_argument, []).parse_args(list(argv))
+    folder = first.get("run") or first["output"]
+    own_config = Path(folder) / "config.yaml"
+    if first.get("config") or not folder or not own_config.is_file():
+        return first
+    return _parser(command, description, run_argument, [str(own_config)]).parse_args(list(argv))
+
+
+def _parser(
+    command: str, description: str, run_argument: bool, default_config_files: list[str | PathLike[str]]
+) -> jsonargparse.ArgumentParser:
     parser = jsonargparse.ArgumentParser(
         prog=f"{command}.py",
         usage=f"{command}.py {'[RUN] ' if run_argument else ''}[--config FILE] [--SETTING VALUE ...]",
         description=description,
-        default_config_files=_run_config(argv, run_argument),
+        default_config_files=default_config_files,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="YAML file of settings")
     if run_argument:
@@ -182,11 +205,25 @@ def parse(command: str, description: str, argv: Sequence[str], run_argument: boo
         parser.add_argument("--ask", type=float | None, help="after the search: one greedy policy for this macs target")
     own = [item for item in dataclasses.fields(Experiment) if item.metadata["stage"] in _COMMAND_STAGES[command]]
     rest = [item for item in dataclasses.fields(Experiment) if item not in own]
-    for title, items in ((f"settings of {command}", own), ("settings shared by all commands", rest)):
+    for title, items in ((f"settings of {command}", own), ("settings of the other stages", rest)):
+        if not items:
+            continue
         group = parser.add_argument_group(title)
         for item in items:
             _add_setting(group, item, command)
-    return parser.parse_args(list(argv))
+    return parser
+
+
+def _wrong_targets(experiment: Experiment) -> list[str]:
+    targets = sorted(experiment.targets)
+    if not targets or not all(0 < target <= 1 for target in targets):
+        return [f"targets must be kept fractions in (0, 1], but got {targets}; 0.5 keeps half of the MACs"]
+    wrong = []
+    if any(high - low < 0.01 - 1e-9 for low, high in itertools.pairwise(targets)):
+        wrong.append(f"targets must lie at least 0.01 apart, but got {targets}")
+    if experiment.episodes < len(targets):
+        wrong.append(f"episodes must be at least one a target ({len(targets)}), but got {experiment.episodes}")
+    return wrong
 
 
 def _add_setting(group: Any, item: dataclasses.Field[Any], command: str) -> None:
@@ -198,17 +235,29 @@ def _add_setting(group: Any, item: dataclasses.Field[Any], command: str) -> None
     group.add_argument(*names, default=default, help=item.metadata["help"], **keywords)
 
 
-def _run_config(argv: Sequence[str], run_argument: bool) -> list[str | PathLike[str]]:
-    """The config.yaml of the run folder that the command line names, unless it names a config of its own."""
-    folders = [argv[0]] if run_argument and argv and not argv[0].startswith("-") else []
-    for position, word in enumerate(argv):
-        if word == "--config" or word.startswith("--config="):
-            return []
-        if word == "--output" and position + 1 < len(argv):
-            folders.append(argv[position + 1])
-        elif word.startswith("--output="):
-            folders.append(word.partition("=")[2])
-    return [str(Path(folder) / "config.yaml") for folder in folders if (Path(folder) / "config.yaml").is_file()]
+def _check_files(argv: Sequence[str]) -> None:
+    """Refuse a --config file that is no mapping of settings, before the parser's less helpful messages.
+
+    Raises:
+        UserError: naming the file, and every list that is given as something else.
+    """
+    words = [*argv, ""]
+    paths = [following for word, following in itertools.pairwise(words) if word == "--config"]
+    paths += [word.partition("=")[2] for word in argv if word.startswith("--config=")]
+    for path in paths:
+        try:
+            settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise UserError(f"config {path} cannot be read: {error}; known experiments are in configs/") from error
+        if not isinstance(settings, dict):
+            raise UserError(f"config {path} must hold lines like `episodes: 900`, but got {settings!r:.60}")
+        wrong = [
+            f"{key} must be a list like [0.3, 0.5], but got {settings[key]!r}"
+            for key in ("targets", "mean", "std")
+            if settings.get(key) is not None and not isinstance(settings[key], list)
+        ]
+        if wrong:
+            raise UserError(f"config {path}: " + "; ".join(wrong))
 
 
 def experiment_from(namespace: jsonargparse.Namespace) -> Experiment:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from cacp.models.modes import training_flags_kept
 from cacp.schema import Axis, ChannelGroups, Cost
 
 
@@ -32,7 +33,7 @@ class CostModel:
         self.names = tuple(group.name for group in prunable)
         self.channels = np.array([group.channels for group in prunable], dtype=np.int64)
         self.min_keep = np.array([group.min_keep for group in prunable], dtype=np.int64)
-        self._fixed_params = groups.fixed_params
+        self._fixed = np.array([groups.fixed_macs, groups.fixed_params], dtype=np.float64)
 
         # n_in = counts @ in_weights + in_constants, likewise n_out; L layers
         layers = groups.layers
@@ -72,8 +73,8 @@ class CostModel:
         n_out = counts @ self._out_weights + self._out_constants  # (..., L)
         pairs = n_in * n_out
         macs = pairs @ self._macs_per_pair
-        params = pairs @ self._params_per_pair + n_out @ self._params_per_out + self._fixed_params
-        return np.stack([macs, params], axis=-1)
+        params = pairs @ self._params_per_pair + n_out @ self._params_per_out
+        return np.stack([macs, params], axis=-1) + self._fixed
 
     def cost(self, counts: Sequence[int] | np.ndarray) -> Cost:
         """Cost of one policy from its keep counts (G,)."""
@@ -88,9 +89,7 @@ def counted_cost(model: nn.Module, image_shape: Sequence[int]) -> Cost:
     """
     parameter = next(model.parameters())
     image = torch.zeros(1, *image_shape, device=parameter.device, dtype=parameter.dtype)
-    training = model.training
-    model.eval()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with training_flags_kept(model), FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()
         model(image)
-    model.train(training)
     return Cost(counter.get_total_flops() // 2, sum(parameter.numel() for parameter in model.parameters()))

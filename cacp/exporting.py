@@ -20,7 +20,7 @@ from cacp.checkpoint import load_json, save_json, save_tensors
 from cacp.graph import trace
 from cacp.models import build_model
 from cacp.models.weights import load_weights
-from cacp.schema import Cost, Normalisation, Policy, UserError
+from cacp.schema import ChannelGroups, Cost, Normalisation, Policy, UserError
 from cacp.slicing import slice_model
 
 FORMAT = 1
@@ -78,7 +78,7 @@ class Architecture:
                     tuple(float(value) for value in normalisation["std"]),
                 ),
                 scope=str(data["scope"]),
-                keep_counts={str(name): int(count) for name, count in data["keep_counts"].items()},
+                keep_counts={str(name): _whole(count) for name, count in data["keep_counts"].items()},
                 cost=Cost(int(data["cost"]["macs"]), int(data["cost"]["params"])),
                 dense_cost=Cost(int(data["dense_cost"]["macs"]), int(data["dense_cost"]["params"])),
             )
@@ -87,6 +87,12 @@ class Architecture:
                 f"{source} does not describe a pruned model: {type(error).__name__}: {error}; "
                 "write it again with export.py"
             ) from error
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"a keep count must be a whole number, but got {value!r}")
+    return value
 
 
 def save_pruned(folder: str | Path, model: nn.Module, architecture: Architecture) -> None:
@@ -114,10 +120,26 @@ def load_pruned(folder: str | Path, build: Callable[[], nn.Module] | None = None
     architecture = load_architecture(folder)
     dense = build() if build else build_model(architecture.model, len(architecture.classes), seed=0)
     groups = trace(dense, torch.zeros(1, *architecture.input_shape), architecture.scope)
-    keep = {name: tuple(range(count)) for name, count in architecture.keep_counts.items()}
-    model = slice_model(dense, groups, Policy(keep, "loaded"))
+    model = slice_model(dense, groups, _any_policy(groups, architecture.keep_counts, folder))
     load_weights(model, Path(folder) / WEIGHTS)
     return model.eval()
+
+
+def _any_policy(groups: ChannelGroups, keep_counts: Mapping[str, int], folder: str | Path) -> Policy:
+    """A policy of these counts; which channels it names does not matter, since weights follow.
+
+    Raises:
+        UserError: listing every count outside its group.
+    """
+    channels = {group.name: group.channels for group in groups.prunable}
+    wrong = [
+        f"{name}: {count} (of {channels.get(name, 'no such group')})"
+        for name, count in keep_counts.items()
+        if not 1 <= count <= channels.get(name, 0)
+    ]
+    if wrong:
+        raise UserError(f"{folder}: these keep counts do not fit the model: {', '.join(wrong)}; export it again")
+    return Policy({name: tuple(range(count)) for name, count in keep_counts.items()}, "loaded")
 
 
 class Latency(NamedTuple):

@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
+from cacp.cost import counted_cost
 from cacp.models.resnet import ChannelPadShortcut
-from cacp.schema import Axis, ChannelGroup, ChannelGroups, Layer, UserError
+from cacp.schema import Axis, ChannelGroup, ChannelGroups, Cost, Layer, UserError
 
 SCOPES = ("inner", "all")
 MIN_KEEP_RATIO = 0.1  # no group falls below a tenth of its channels: AMC and CACP prune at most 90 % of a layer
@@ -64,7 +65,7 @@ def trace(model: nn.Module, example: Tensor, scope: str = "inner") -> ChannelGro
     if scope not in SCOPES:
         raise UserError(f"scope must be one of {', '.join(SCOPES)}, but got {scope!r}")
     graph_module = _traced(model, example)
-    propagation = _Propagation(graph_module)
+    propagation = _Propagation(graph_module, counted_cost(model, example.shape[1:]))
     for node in graph_module.graph.nodes:
         propagation.visit(node)
     return propagation.groups(scope)
@@ -116,9 +117,9 @@ class _LayerDraft(NamedTuple):
 class _Propagation:
     """Carries layouts through the graph, node by node, and joins spaces on the way."""
 
-    def __init__(self, graph_module: fx.GraphModule) -> None:
+    def __init__(self, graph_module: fx.GraphModule, counted: Cost) -> None:
         self.modules = dict(graph_module.named_modules())
-        self.parameter_count = sum(parameter.numel() for parameter in graph_module.parameters())
+        self.counted = counted
         self.layouts: dict[fx.Node, _Layout] = {}
         self.parent: list[int] = []  # union-find over spaces
         self.channels: list[int] = []
@@ -366,17 +367,20 @@ class _Propagation:
         groups = tuple(
             self._group(names[root], spaces, tuple(consumers[root]), scope) for root, spaces in members.items()
         )
+        drafts = tuple(self.drafts.values())
         layers = tuple(self._finished(module, draft, names) for module, draft in self.drafts.items())
-        counted = sum(
-            layer.params_per_pair * (self.width(draft.inputs) if draft.inputs else 1) * self.width(draft.outputs)
-            + layer.params_per_out * self.width(draft.outputs)
-            for layer, draft in zip(layers, self.drafts.values(), strict=True)
+        sizes = [((self.width(draft.inputs) if draft.inputs else 1), self.width(draft.outputs)) for draft in drafts]
+        macs = sum(draft.macs_per_pair * n_in * n_out for draft, (n_in, n_out) in zip(drafts, sizes, strict=True))
+        params = sum(
+            (draft.params_per_pair * n_in + draft.params_per_out) * n_out
+            for draft, (n_in, n_out) in zip(drafts, sizes, strict=True)
         )
         return ChannelGroups(
             groups=groups,
             axes=tuple(self._axis(module, role, layout, names) for (module, role), layout in self.axes.items()),
             layers=layers,
-            fixed_params=self.parameter_count - counted,
+            fixed_macs=self.counted.macs - macs,
+            fixed_params=self.counted.params - params,
             unknown=tuple(self.unknown),
         )
 
@@ -388,6 +392,8 @@ class _Propagation:
         reason = next((self.fixed[space] for space in spaces if space in self.fixed), "")
         if not reason and channels == 1:
             reason = "a single channel"
+        if not reason and not any(self.producer[space] in self.drafts for space in spaces):
+            reason = "no layer produces it"
         if not reason and scope == "inner" and len(spaces) > 1:
             reason = "residual stream, outside scope inner"
         return ChannelGroup(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -37,7 +38,7 @@ class Episode(NamedTuple):
         return cls(**whole, **real, counts=tuple(int(count) for count in row["counts"].split("-")))  # type: ignore[arg-type]
 
     def row(self) -> list[str]:
-        values = [repr(round(value, 6)) if isinstance(value, float) else str(value) for value in self[:-1]]
+        values = [repr(value) for value in self[:-1]]
         return [*values, "-".join(map(str, self.counts))]
 
 
@@ -74,6 +75,8 @@ class History:
         self._take(episode)
         with self._path.open("a", newline="", encoding="utf-8") as file:
             csv.writer(file).writerow(episode.row())
+            file.flush()
+            os.fsync(file.fileno())  # a checkpoint must not survive a power cut that its episodes do not
 
     def best(self, budget: Budget, most: int) -> list[Episode]:
         """The best different policies of a budget, by top1, then loss."""
@@ -82,7 +85,10 @@ class History:
     def _take(self, episode: Episode) -> None:
         self.episodes.append(episode)
         for name, budget in self._budgets.items():
-            if not in_window(Cost(episode.macs, episode.params), self._dense, budget):
+            asked_for = budget.targets == {
+                "macs": episode.target
+            }  # met, and used up as far as the channel grain allows
+            if not asked_for and not in_window(Cost(episode.macs, episode.params), self._dense, budget):
                 continue
             self._candidates[name].setdefault(episode.counts, episode)
             leader = self.leaders.get(name)

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cacp.models.modes import training_flags_kept
 from cacp.schema import ChannelGroup, ChannelGroups, UserError
 
 CRITERIA = ("l1", "l2", "fpgm", "taylor", "random")
@@ -36,12 +37,12 @@ def l2(filters: Tensor) -> Tensor:
 def fpgm(filters: Tensor) -> Tensor:
     """Sum of Euclidean distances to all filters of the layer: (C, ...) -> (C,)."""
     flat = filters.flatten(1)  # (C, I*K)
-    return (flat[:, None] - flat[None]).norm(dim=2).sum(1)
+    return torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist").sum(1)
 
 
-def taylor_gate(gamma: Tensor, beta: Tensor, gamma_gradient: Tensor, beta_gradient: Tensor) -> Tensor:
-    """Squared first-order change of one mini-batch's loss when a channel is gated off: four (C,) -> (C,)."""
-    return (gamma * gamma_gradient + beta * beta_gradient) ** 2
+def taylor_change(gamma: Tensor, beta: Tensor, gamma_gradient: Tensor, beta_gradient: Tensor) -> Tensor:
+    """First-order change of the loss when channels are gated off together behind N batch norms: four (N, C) -> (C,)."""
+    return (gamma * gamma_gradient + beta * beta_gradient).sum(0)
 
 
 _WEIGHT_CRITERIA: dict[str, Callable[[Tensor], Tensor]] = {"l1": l1, "l2": l2, "fpgm": fpgm}
@@ -98,19 +99,21 @@ def _taylor(model: nn.Module, groups: ChannelGroups, batches: Iterable[tuple[Ten
     norms = _batch_norms(model, groups)
     parameters = [parameter for modules in norms.values() for norm in modules for parameter in (norm.weight, norm.bias)]
     sums = {name: torch.zeros(groups[name].channels) for name in norms}
-    count, training = 0, model.training
-    model.eval()
-    for images, labels in batches:
-        gradients = torch.autograd.grad(F.cross_entropy(model(images), labels), parameters)
-        by_parameter = dict(zip(map(id, parameters), gradients, strict=True))
-        for name, modules in norms.items():
-            gamma, beta = (torch.stack([getattr(norm, key).detach() for norm in modules]) for key in ("weight", "bias"))
-            d_gamma = torch.stack([by_parameter[id(norm.weight)] for norm in modules])  # (norms, C)
-            d_beta = torch.stack([by_parameter[id(norm.bias)] for norm in modules])
-            change = (gamma * d_gamma + beta * d_beta).sum(0)  # (C,), coupled gates close together
-            sums[name] += (change**2).cpu()
-        count += 1
-    model.train(training)
+    count = 0
+    with training_flags_kept(model):
+        model.eval()
+        for images, labels in batches:
+            gradients = torch.autograd.grad(F.cross_entropy(model(images), labels), parameters)
+            slopes = dict(zip(map(id, parameters), gradients, strict=True))
+            for name, modules in norms.items():
+                change = taylor_change(
+                    torch.stack([norm.weight.detach() for norm in modules]),  # (norms, C)
+                    torch.stack([norm.bias.detach() for norm in modules]),
+                    torch.stack([slopes[id(norm.weight)] for norm in modules]),
+                    torch.stack([slopes[id(norm.bias)] for norm in modules]),
+                )
+                sums[name] += (change**2).cpu()
+            count += 1
     if not count:
         raise UserError("criterion taylor needs batches of training images, but got none")
     return {name: total / count for name, total in sums.items()}

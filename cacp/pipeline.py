@@ -8,8 +8,10 @@ from __future__ import annotations
 import errno
 import os
 import platform
+import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
@@ -19,11 +21,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from cacp.budget import check_reachable
 from cacp.checkpoint import load_json, save_json, save_tensors, sha256
-from cacp.config import Experiment, differences, save_config, stage_keys
+from cacp.config import IDENTITY, POLICY, TRAINING, Experiment, differences, save_config, stage_keys
 from cacp.cost import CostModel
 from cacp.data import ImageData, Splits, load_dataset, make_splits, normalise
 from cacp.graph import trace
+from cacp.history import target_budgets
 from cacp.importance import channel_importance
 from cacp.models import build_model
 from cacp.models.weights import PUBLISHED, fetch_published, load_weights
@@ -31,7 +35,7 @@ from cacp.schema import ChannelGroups, Normalisation, UserError
 from cacp.scoring import CALIBRATION_BATCH, PolicyScorer
 from cacp.training import evaluate_data, resolve_precision
 
-_WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _PACKAGES = ("torch", "torchvision", "gymnasium", "stable-baselines3", "numpy", "safetensors")
 
 
@@ -40,6 +44,7 @@ _PACKAGES = ("torch", "torchvision", "gymnasium", "stable-baselines3", "numpy", 
 
 def run_command(main: Callable[[], None]) -> None:
     """Run an entry point: a mistake of the user's or a full disk ends in one message and exit status 2."""
+    threading.excepthook = _quiet_about_files
     try:
         main()
     except UserError as error:
@@ -47,15 +52,15 @@ def run_command(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         sys.exit(_failed("interrupted; the same command goes on from the last checkpoint", status=130))
     except OSError as error:
-        if error.errno not in _WRITE_ERRORS:
-            raise
-        sys.exit(
-            _failed(
-                f"cannot write {error.filename or 'the run folder'}: {error.strerror}; "
-                "free some space (or choose another --output), then run the same command again: it goes on from the "
-                "last checkpoint"
-            )
-        )
+        place, reason = error.filename or "a file of the run", error.strerror or str(error)
+        remedy = "free some space" if error.errno in _FULL else "choose another path (--output, --data_dir, --weights)"
+        sys.exit(_failed(f"{place}: {reason}; {remedy}, then run the same command again: what is done is kept"))
+
+
+def _quiet_about_files(arguments: threading.ExceptHookArgs) -> None:
+    """A full disk stops TensorBoard's writer thread first; the main thread meets the same error and reports it."""
+    if not isinstance(arguments.exc_value, OSError):
+        threading.__excepthook__(arguments)
 
 
 def _failed(message: str, status: int = 2) -> int:
@@ -77,20 +82,35 @@ def open_run(experiment: Experiment) -> None:
         raise UserError(f"output {folder} is a file; choose another --output")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.yaml").is_file():
         raise UserError(f"output {folder} is not empty and holds no run (no config.yaml); choose another --output")
-    done = [
-        stage
-        for stage, part in (("dense", "dense"), ("policy", "search"), ("policy", "policies"))
-        if (folder / part).is_dir()
-    ]
-    different = differences(experiment, stage_keys(done), folder)
+    made = {
+        IDENTITY: ("dense/result.json", "dense/checkpoint"),
+        TRAINING: ("dense/result.json", "dense/checkpoint"),
+        POLICY: ("search/checkpoint", "policies"),
+    }
+    done = [stage for stage, parts in made.items() if any((folder / part).exists() for part in parts)]
+    _refuse_differences(experiment, done)
+    save_config(experiment)
+    save_json(folder / "environment.json", environment(experiment.seed))
+
+
+def check_run(experiment: Experiment) -> None:
+    """Refuse settings, for a stage that only reads the run folder, that its policies were not made with.
+
+    Raises:
+        UserError: listing them.
+    """
+    _refuse_differences(experiment, [IDENTITY, POLICY])
+
+
+def _refuse_differences(experiment: Experiment, stages: list[str]) -> None:
+    folder = experiment.folder
+    different = differences(experiment, stage_keys(stages), folder)
     if different:
         raise UserError(
             f"output {folder} holds a run with other settings:\n  "
             + "\n  ".join(different)
-            + "\nchoose another --output, or the same settings"
+            + f"\nuse the same settings, another --output, or delete {folder} to begin anew"
         )
-    save_config(experiment)
-    save_json(folder / "environment.json", environment(experiment.seed))
 
 
 def environment(seed: int) -> dict[str, Any]:
@@ -113,12 +133,15 @@ def environment(seed: int) -> dict[str, Any]:
 def _git_commit() -> str | None:
     root = Path(__file__).resolve().parent.parent
     try:
-        answer = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
+        commit, changes = (
+            subprocess.run(
+                ["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10, check=True
+            ).stdout
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain"])
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return answer.stdout.strip()
+    return commit.strip() + ("-dirty" if changes else "")
 
 
 def _cpu_name() -> str:
@@ -141,7 +164,7 @@ def select_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdigit()) or (kind == "cpu" and index):
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise UserError(f"device must be auto, cpu, cuda or cuda:N, but got {name!r}")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if kind == "cuda" and int(index or 0) >= count:
@@ -160,7 +183,44 @@ def load_splits(experiment: Experiment) -> Splits:
     return make_splits(train, sets["val"], experiment.validation_images, experiment.calibration_images, experiment.seed)
 
 
+def load_inputs(experiment: Experiment) -> Splits:
+    """The splits; and the published weights are on disk where the experiment asks for them.
+
+    Raises:
+        UserError: listing all that is missing, data and weights.
+    """
+    missing: list[str] = []
+    splits: Splits | None = None
+    try:
+        splits = load_splits(experiment)
+    except UserError as error:
+        missing.append(str(error))
+    if experiment.weights == "published":
+        try:
+            _published(experiment)
+        except UserError as error:
+            missing.append(str(error))
+    if missing or splits is None:
+        raise UserError("\n".join(missing))
+    return splits
+
+
+def check_targets(experiment: Experiment, splits: Splits) -> None:
+    """Refuse targets that no policy can meet, before the dense model is trained.
+
+    Raises:
+        UserError: with the reachable range.
+    """
+    model = build_model(experiment.model, len(splits.train.classes), seed=experiment.seed)
+    cost_model = CostModel(trace(model, torch.zeros(1, *splits.train.image_shape), experiment.scope))
+    for budget in target_budgets(experiment.targets):
+        check_reachable(cost_model, budget)
+
+
 # dense model ----------------------------------------------------------------------------------------------------------
+
+
+DENSE_KEYS = ("sha256", "mean", "std", "classes", "trained_on", "validation_top1", "validation_unseen")
 
 
 @dataclass(frozen=True)
@@ -200,7 +260,7 @@ def import_weights(experiment: Experiment, splits: Splits, device: torch.device)
     load_weights(model, weights.path)
     origin = {
         "source": str(weights.path),
-        "sha256": sha256(weights.path),
+        "source_sha256": sha256(weights.path),
         "trained_on": weights.trained_on,
         "validation_unseen": weights.validation_unseen,
     }
@@ -215,13 +275,15 @@ def _published(experiment: Experiment) -> _Weights:
 
 def _given(experiment: Experiment) -> _Weights:
     path = Path(experiment.weights)
+    if not path.exists():
+        raise UserError(f"weights must be train, published, a weights file or a run folder; there is no {path}")
     if path.is_dir():
         result_path = path / "dense" / "result.json"
-        if not result_path.is_file():
+        if not result_path.is_file() or not (path / "config.yaml").is_file():
             raise UserError(f"weights {path} is a folder, but holds no run with a dense model (dense/result.json)")
-        result = load_json(result_path)
+        result = load_json(result_path, DENSE_KEYS)
         normalisation = Normalisation(tuple(result["mean"]), tuple(result["std"]))
-        split = ("dataset", "image_size", "validation_images", "seed")
+        split = ("dataset", "data_dir", "image_size", "validation_images", "calibration_images", "seed")
         unseen = result["validation_unseen"] and not differences(experiment, split, path)
         return _Weights(path / "dense" / "model.safetensors", normalisation, result["trained_on"], unseen)
     if experiment.mean is None or experiment.std is None:
@@ -240,12 +302,12 @@ def save_dense(
     Raises:
         UserError: if the model does hardly better than chance.
     """
-    top1 = evaluate_data(model, splits.validation, normalisation).top1
-    _check_better_than_chance(top1, len(splits.train.classes))
+    top1 = checked_top1(model, splits, normalisation)
     folder = experiment.folder / "dense"
     save_tensors(folder / "model.safetensors", model.state_dict())
     result = {
         **origin,
+        "sha256": sha256(folder / "model.safetensors"),
         "model": experiment.model,
         "mean": list(normalisation.mean),
         "std": list(normalisation.std),
@@ -265,15 +327,20 @@ def load_dense(experiment: Experiment, splits: Splits, device: torch.device) -> 
     path = experiment.folder / "dense" / "result.json"
     if not path.is_file():
         raise UserError(f"{experiment.folder} has no dense model yet; run pretrain.py with the same settings first")
-    result = load_json(path)
+    result = load_json(path, DENSE_KEYS)
     classes = tuple(result["classes"])
     if classes != splits.train.classes:
         raise UserError(
             f"the data set has the classes {', '.join(splits.train.classes)}, but the dense model was made for "
             f"{', '.join(classes)}; give the --data_dir of the same data"
         )
+    weights = path.parent / "model.safetensors"
+    if sha256(weights) != result["sha256"]:
+        raise UserError(
+            f"{weights} is not the file that {path} describes (SHA-256); delete {path.parent} and run again"
+        )
     model = build_model(experiment.model, len(classes), seed=experiment.seed)
-    load_weights(model, path.parent / "model.safetensors")
+    load_weights(model, weights)
     return DenseModel(
         model=model.to(device).to(memory_format=torch.channels_last).eval(),
         normalisation=Normalisation(tuple(result["mean"]), tuple(result["std"])),
@@ -284,15 +351,23 @@ def load_dense(experiment: Experiment, splits: Splits, device: torch.device) -> 
     )
 
 
-def _check_better_than_chance(top1: float, classes: int) -> None:
+def checked_top1(model: nn.Module, splits: Splits, normalisation: Normalisation) -> float:
+    """Top-1 of a dense model on the validation images, in fp32.
+
+    Raises:
+        UserError: if it does hardly better than chance, with what is likely wrong.
+    """
+    classes = len(splits.train.classes)
+    top1 = evaluate_data(model, splits.validation, normalisation).top1
     least = min(3 / classes, (1 + 1 / classes) / 2)
     if top1 < least:
         raise UserError(
             f"the dense model reaches only {100 * top1:.1f} % top-1 on the validation images (chance is "
             f"{100 / classes:.1f} %, at least {100 * least:.1f} % is expected); likely wrong are the weights (another "
-            "data set or model), the normalisation (--mean and --std must be those the weights were trained with), or "
-            "the order of the classes (class folders are taken in alphabetical order)"
+            "data set or model, or trained too short), the normalisation (--mean and --std must be those the weights "
+            "were trained with), or the order of the classes (class folders are taken in alphabetical order)"
         )
+    return top1
 
 
 # search subject -------------------------------------------------------------------------------------------------------
@@ -327,10 +402,11 @@ def _labelled_batches(data: ImageData, dense: DenseModel) -> list[tuple[Tensor, 
 def build_workbench(experiment: Experiment) -> Workbench:
     """Load data and dense model, trace, and prepare both scorers."""
     device = select_device(experiment.device)
-    splits = load_splits(experiment)
+    splits = load_inputs(experiment)
     if experiment.weights != "train" and not (experiment.folder / "dense" / "result.json").is_file():
         import_weights(experiment, splits, device)
     dense = load_dense(experiment, splits, device)
+    checked_top1(dense.model, splits, dense.normalisation)
     groups = trace(dense.model, dense.example, experiment.scope)
     precision = resolve_precision(experiment.precision, device)
     model, calibration, normalisation = dense.model, splits.calibration, dense.normalisation

@@ -30,7 +30,8 @@ _LINES = 10  # progress lines of a command whose output is no terminal
 
 
 class ProgressLine:
-    """A progress bar with the time left on a terminal; elsewhere a line after every tenth of the work.
+    """A progress bar with the time left on a terminal; elsewhere a line after the first and the tenth step and every
+    tenth of the work.
 
     Args:
         title: of the work.
@@ -56,10 +57,10 @@ class ProgressLine:
         """One step more; `status` says how it stands."""
         self._done += 1
         self._bar.update(self._task, advance=1, description=f"{self._title} {status}")
-        share = max(1, self._total // _LINES)
-        if not console.is_terminal and (self._done % share == 0 or self._done == self._total):
+        share, steps = max(1, self._total // _LINES), self._done - self._first
+        if not console.is_terminal and (steps in (1, 10) or self._done % share == 0 or self._done == self._total):
             spent = time.monotonic() - self._start
-            left = spent / (self._done - self._first) * (self._total - self._done)
+            left = spent / steps * (self._total - self._done)
             console.print(f"{self._title} {self._done}/{self._total} {status}, {left:.0f} s left")
 
 

@@ -111,6 +111,7 @@ class ChannelGroups(Sequence[ChannelGroup]):
     groups: tuple[ChannelGroup, ...]
     axes: tuple[Axis, ...]
     layers: tuple[Layer, ...]
+    fixed_macs: int  # of layers that tracing does not know
     fixed_params: int  # parameters outside conv, linear and batch norm
     unknown: tuple[str, ...] = ()
     _by_name: dict[str, ChannelGroup] = field(init=False, repr=False, compare=False, default_factory=dict)

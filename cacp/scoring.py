@@ -22,7 +22,7 @@ class PolicyScorer:
     """Scores policies of one model on fixed images; equal policies are scored once.
 
     Args:
-        model: dense model in fp32 on its device; it is left as it is.
+        model: dense model in fp32 on its device; put in eval mode, else left as it is.
         groups: of this model.
         validation: images that the score is measured on.
         calibration: training images for batch-norm statistics.

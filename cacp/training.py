@@ -31,6 +31,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from cacp.checkpoint import load_state, pack, save_state, unpack
 from cacp.data import ImageData, augment, normalise
+from cacp.models.modes import training_flags_kept
 from cacp.schema import Normalisation, UserError
 
 SCHEDULES = ("paper", "step", "cosine")
@@ -192,7 +193,7 @@ def evaluate_data(
 
 def _evaluate_batches(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Evaluation:
     totals = _Totals(device_of(model))
-    with _training_flags_kept(model), torch.inference_mode():
+    with training_flags_kept(model), torch.inference_mode():
         model.eval()
         for images, labels in batches:
             logits = model(images).float()  # (B, classes)
@@ -222,7 +223,7 @@ def recalibrate_batchnorm(model: nn.Module, images: Tensor, batch_size: int) -> 
     if not norms:
         return
     momenta = [norm.momentum for norm in norms]
-    with _training_flags_kept(model):
+    with training_flags_kept(model):
         model.eval()
         for norm in norms:
             norm.reset_running_stats()
@@ -400,7 +401,7 @@ def _train_epoch(state: FitState, job: _Job, epoch: int) -> _Totals:
     generator = torch.Generator().manual_seed(_epoch_seed(job.seed, epoch))
     order = torch.randperm(len(job.train), generator=generator)  # (N,)
     steps = math.ceil(len(order) / recipe.batch_size)
-    with _training_flags_kept(model), _global_seed(_epoch_seed(job.seed, epoch), job.device):
+    with training_flags_kept(model), _global_seed(_epoch_seed(job.seed, epoch), job.device):
         model.train()
         for step, indices in enumerate(order.tensor_split(steps)):
             pixels = job.train.batch(indices).to(job.device)  # uint8 (B, C, H, W)
@@ -466,17 +467,6 @@ def _global_seed(seed: int, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
-
-
-@contextmanager
-def _training_flags_kept(model: nn.Module) -> Iterator[None]:
-    """Restore `training` of every module, as `model.train()` would also set those that were frozen."""
-    flags = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training
 
 
 def _diverged(job: _Job, epoch: int, lr: float, what: str) -> TrainingDiverged:

@@ -3,13 +3,14 @@
 # An active virtual environment is used; otherwise .venv is made once. Nothing is installed twice.
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
-if [ -n "${VIRTUAL_ENV:-}" ]; then
+if [ -n "${VIRTUAL_ENV:-}" ] && [ -x "$VIRTUAL_ENV/bin/python" ]; then
     environment=$VIRTUAL_ENV
-elif [ -n "${CONDA_PREFIX:-}" ]; then
+elif [ -n "${CONDA_PREFIX:-}" ] && [ "${CONDA_DEFAULT_ENV:-base}" != base ]; then
     environment=$CONDA_PREFIX
 else
     environment=$PWD/.venv
-    if [ ! -x "$environment/bin/python" ]; then
+    if ! "$environment/bin/python" -m pip --version >/dev/null 2>&1; then # none yet, or one that was broken off
+        rm -rf "$environment"
         base=
         for candidate in python3 python3.13 python3.12 python3.11 python3.10; do
             if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
@@ -30,6 +31,10 @@ else
     fi
 fi
 export PATH=$environment/bin:$PATH
+if ! python -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
+    echo "error: Python 3.10 or newer is needed, but $environment has $(python --version); activate another environment, or none" >&2
+    exit 2
+fi
 
 stamp=$environment/.requirements-of-cacp
 if ! cmp -s requirements.txt "$stamp"; then

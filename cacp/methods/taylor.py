@@ -1,5 +1,5 @@
 """One global threshold on Taylor scores (Molchanov et al., CVPR 2019): the least important channels of the whole model
-go, until the budget is met. No group falls below its minimum."""
+go, until the budget is met; then those that still fit come back. No group falls below its minimum."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def taylor(subject: Subject, budget: Budget) -> Policy:
 
 
 def threshold_counts(importance: dict[str, Tensor], cost_model: CostModel, budget: Budget) -> tuple[int, ...]:
-    """Keep counts under the lowest global threshold that meets the budget.
+    """Keep counts under the lowest global threshold that meets the budget, filled up to use it up.
 
     Args:
         importance: scores (C,) of every prunable group, comparable over groups.
@@ -47,4 +47,13 @@ def threshold_counts(importance: dict[str, Tensor], cost_model: CostModel, budge
             most = middle
         else:
             fewest = middle + 1
-    return tuple(int(count) for count in counts_after(fewest))
+    return tuple(_filled_up(counts_after(fewest), dropped_from[:fewest][::-1], cost_model, budget))
+
+
+def _filled_up(counts: np.ndarray, dropped_from: np.ndarray, cost_model: CostModel, budget: Budget) -> list[int]:
+    """Take back the dropped channels that still fit, the most important first: a threshold's last step may be wide."""
+    for group in dropped_from:
+        counts[group] += 1
+        if not meets_targets(cost_model.cost(counts), cost_model.dense, budget):
+            counts[group] -= 1
+    return counts.tolist()
