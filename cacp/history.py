@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from cacp.budget import in_window
+from cacp.budget import in_window, meets_targets
 from cacp.checkpoint import write_atomically
 from cacp.schema import Budget, Cost, UserError
 
@@ -45,7 +45,8 @@ class Episode(NamedTuple):
 class History:
     """Episodes so far, in memory and in a CSV file that is appended to.
 
-    A policy is credited to every budget whose window it lies in, whatever target the agent was asked for.
+    A policy is credited to every budget whose window it lies in, whatever target the agent was asked for; and to the
+    target it was asked for, where a coarse channel grain keeps it out of the window.
 
     Args:
         path: of episodes.csv.
@@ -84,11 +85,10 @@ class History:
 
     def _take(self, episode: Episode) -> None:
         self.episodes.append(episode)
+        cost = Cost(episode.macs, episode.params)
         for name, budget in self._budgets.items():
-            asked_for = budget.targets == {
-                "macs": episode.target
-            }  # met, and used up as far as the channel grain allows
-            if not asked_for and not in_window(Cost(episode.macs, episode.params), self._dense, budget):
+            own = budget.targets == {"macs": episode.target}  # used up as far as the channel grain allows
+            if not in_window(cost, self._dense, budget) and not (own and meets_targets(cost, self._dense, budget)):
                 continue
             self._candidates[name].setdefault(episode.counts, episode)
             leader = self.leaders.get(name)

@@ -90,7 +90,7 @@ def test_tensors_of_any_layout_come_back_equal(tmp_path: Path) -> None:
         "parameter": torch.nn.Parameter(torch.ones(2)),
     }
     path = tmp_path / "model.safetensors"
-    save_tensors(path, tensors, {"note": "text"})
+    save_tensors(path, tensors)
     loaded = load_tensors(path)
     assert loaded.keys() == tensors.keys()
     for name, tensor in tensors.items():

@@ -13,8 +13,10 @@ DENSE = Cost(1000, 100)
 BUDGETS = target_budgets([0.5, 0.503, 0.7])
 
 
-def episode(number: int, macs: int = 500, top1: float = 0.5, loss: float = 1.0, counts: tuple = (3, 4)) -> Episode:
-    return Episode(number, 0.5, top1, top1, loss, macs, 50, 0.5, 0.25, counts)
+def episode(
+    number: int, macs: int = 500, top1: float = 0.5, loss: float = 1.0, counts: tuple = (3, 4), target: float = 0.5
+) -> Episode:
+    return Episode(number, target, top1, top1, loss, macs, 50, 0.5, 0.25, counts)
 
 
 def numbers(history: History, budget: Budget, most: int = 10) -> list[int]:
@@ -24,11 +26,26 @@ def numbers(history: History, budget: Budget, most: int = 10) -> list[int]:
 def test_an_episode_is_credited_to_every_budget_whose_window_it_lies_in(tmp_path: Path) -> None:
     history = History(tmp_path / "episodes.csv", DENSE, BUDGETS)
     for number, macs in enumerate((500, 502, 495, 494, 700, 701), start=1):
-        history.append(episode(number, macs, counts=(number,)))
+        history.append(episode(number, macs, counts=(number,), target=0.9))
     assert set(numbers(history, BUDGETS[0])) == {1, 3}
     assert set(numbers(history, BUDGETS[1])) == {1, 2}
     assert set(numbers(history, BUDGETS[2])) == {5}
     assert set(history.leaders) == {budget.name for budget in BUDGETS}
+
+
+def test_a_coarse_policy_is_credited_to_the_target_it_was_asked_for_if_it_meets_it(tmp_path: Path) -> None:
+    history = History(tmp_path / "episodes.csv", DENSE, BUDGETS)
+    for number, macs in enumerate((480, 501, 480), start=1):
+        history.append(episode(number, macs, counts=(number,), target=0.7 if number == 3 else 0.5))
+    assert numbers(history, BUDGETS[0]) == [1]
+    assert numbers(history, BUDGETS[2]) == [3]
+
+
+def test_a_resumed_history_has_every_digit(tmp_path: Path) -> None:
+    path = tmp_path / "episodes.csv"
+    history = History(path, DENSE, BUDGETS)
+    history.append(episode(1, top1=2 / 3, loss=0.6123456789, counts=(1,)))
+    assert History(path, DENSE, BUDGETS, finished=1).episodes == history.episodes
 
 
 def test_best_are_different_policies_by_top1_then_loss(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from cacp.cost import CostModel
 from cacp.graph import trace
 from cacp.importance import channel_importance
 from cacp.methods import METHODS, Subject, taylor, uniform
-from cacp.methods.taylor import threshold_counts
+from cacp.methods.taylor import filled_up, threshold_counts
 from cacp.schema import Budget, ChannelGroups, Policy
 
 
@@ -115,3 +115,15 @@ def test_every_method_meets_a_budget_and_fits_the_model(name: str) -> None:
     policy = METHODS[name](asked, budget)
     policy.validate(asked.groups)
     assert in_window(asked.cost_model.cost(counts(asked.groups, policy)), asked.cost_model.dense, budget)
+
+
+@pytest.mark.parametrize("scope", ["inner", "all"])
+@pytest.mark.parametrize("target", [0.3, 0.5, 0.7])
+def test_taylor_uses_its_budget_up_whatever_the_scores(scope: str, target: float) -> None:
+    budget = Budget({"macs": target})
+    for seed in range(15):
+        asked = subject(scope, seed, spread=3.0)
+        importance = asked.importance("taylor")
+        found = threshold_counts(importance, asked.cost_model, budget)
+        found = filled_up(found, importance, asked.cost_model, budget)
+        assert in_window(asked.cost_model.cost(found), asked.cost_model.dense, budget), seed

@@ -1,12 +1,12 @@
 """One global threshold on Taylor scores (Molchanov et al., CVPR 2019): the least important channels of the whole model
-go, until the budget is met; then those that still fit come back. No group falls below its minimum."""
+go, until the budget is met; where that overshoots, those that still fit come back. No group falls below its minimum."""
 
 from __future__ import annotations
 
 import numpy as np
 from torch import Tensor
 
-from cacp.budget import meets_targets
+from cacp.budget import in_window, meets_targets
 from cacp.cost import CostModel
 from cacp.importance import channel_orders
 from cacp.methods.subject import Subject
@@ -18,24 +18,19 @@ def taylor(subject: Subject, budget: Budget) -> Policy:
     """The policy that drops the fewest channels, in the order of their Taylor scores, that meets the budget."""
     importance = subject.importance("taylor")
     counts = threshold_counts(importance, subject.cost_model, budget)
+    counts = filled_up(counts, importance, subject.cost_model, budget)
     return counts_policy(subject.groups, counts, channel_orders(importance), "taylor")
 
 
 def threshold_counts(importance: dict[str, Tensor], cost_model: CostModel, budget: Budget) -> tuple[int, ...]:
-    """Keep counts under the lowest global threshold that meets the budget, filled up to use it up.
+    """Keep counts under the lowest global threshold that meets the budget.
 
     Args:
         importance: scores (C,) of every prunable group, comparable over groups.
         cost_model: of the same groups.
         budget: must be reachable.
     """
-    scores, owners = [], []
-    for position, name in enumerate(cost_model.names):
-        droppable = np.sort(importance[name].numpy())[: cost_model.channels[position] - cost_model.min_keep[position]]
-        scores.append(droppable)
-        owners.append(np.full(len(droppable), position))
-    order = np.argsort(np.concatenate(scores), kind="stable")
-    dropped_from = np.concatenate(owners)[order]  # (D,) group of the channel that goes next
+    dropped_from = _drop_order(importance, cost_model, cost_model.min_keep)
 
     def counts_after(dropped: int) -> np.ndarray:
         return cost_model.channels - np.bincount(dropped_from[:dropped], minlength=len(cost_model.names))
@@ -47,13 +42,33 @@ def threshold_counts(importance: dict[str, Tensor], cost_model: CostModel, budge
             most = middle
         else:
             fewest = middle + 1
-    return tuple(_filled_up(counts_after(fewest), dropped_from[:fewest][::-1], cost_model, budget))
+    return tuple(counts_after(fewest).tolist())
 
 
-def _filled_up(counts: np.ndarray, dropped_from: np.ndarray, cost_model: CostModel, budget: Budget) -> list[int]:
-    """Take back the dropped channels that still fit, the most important first: a threshold's last step may be wide."""
-    for group in dropped_from:
-        counts[group] += 1
-        if not meets_targets(cost_model.cost(counts), cost_model.dense, budget):
-            counts[group] -= 1
-    return counts.tolist()
+def filled_up(
+    counts: tuple[int, ...], importance: dict[str, Tensor], cost_model: CostModel, budget: Budget
+) -> tuple[int, ...]:
+    """Take back dropped channels that still fit, the most important first, until the budget is used up.
+
+    The last channel under a threshold may be one of a residual stream, several percent of the MACs wide.
+    """
+    filled = np.array(counts)
+    lost = {
+        name: importance[name].sort(descending=True).values[count:]
+        for name, count in zip(cost_model.names, counts, strict=True)
+    }
+    for group in _drop_order(lost, cost_model, np.zeros_like(filled))[::-1]:
+        if in_window(cost_model.cost(filled), cost_model.dense, budget):
+            break
+        filled[group] += 1
+        if not meets_targets(cost_model.cost(filled), cost_model.dense, budget):
+            filled[group] -= 1
+    return tuple(filled.tolist())
+
+
+def _drop_order(importance: dict[str, Tensor], cost_model: CostModel, kept: np.ndarray) -> np.ndarray:
+    """(D,) group of the channel that goes next, the least important first; the best `kept` of each group never go."""
+    scores = [np.sort(importance[name].numpy()) for name in cost_model.names]
+    scores = [values[: len(values) - count] for values, count in zip(scores, kept, strict=True)]
+    owners = [np.full(len(values), group) for group, values in enumerate(scores)]
+    return np.concatenate(owners)[np.argsort(np.concatenate(scores), kind="stable")]
