@@ -12,13 +12,13 @@ data_dir=$1 weights=$2
 common=(--config configs/cifar10_resnet56.yaml --dataset imagefolder --data_dir "$data_dir")
 given=(--weights "$weights" --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225)
 
-python search.py "${common[@]}" "${given[@]}" --output runs/main_job
-python search.py "${common[@]}" --weights runs/main_job --agent random --output runs/main_job_random
-python prune.py "${common[@]}" --weights runs/main_job --method uniform --output runs/main_job_uniform
-python prune.py "${common[@]}" --weights runs/main_job --method taylor --output runs/main_job_taylor
-for run in main_job main_job_random main_job_uniform main_job_taylor; do
+python search.py "${common[@]}" "${given[@]}" --output runs/c10
+python search.py "${common[@]}" --weights runs/c10 --agent random --output runs/c10_random
+python prune.py "${common[@]}" --weights runs/c10 --method uniform --output runs/c10_uniform
+python prune.py "${common[@]}" --weights runs/c10 --method taylor --output runs/c10_taylor
+for run in c10 c10_random c10_uniform c10_taylor; do
     python export.py "runs/$run"
 done
-python finetune.py runs/main_job --epochs 5 --finetune_lr 0.02 --finetune_schedule cosine
-python benchmarks/summarise.py runs/main_job runs/main_job_random runs/main_job_uniform runs/main_job_taylor \
+python finetune.py runs/c10 --epochs 5 --finetune_lr 0.05 --finetune_schedule cosine
+python benchmarks/summarise.py runs/c10 runs/c10_random runs/c10_uniform runs/c10_taylor \
     --output results/main_job.json

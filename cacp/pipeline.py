@@ -90,7 +90,14 @@ def open_run(experiment: Experiment) -> None:
     done = [stage for stage, parts in made.items() if any((folder / part).exists() for part in parts)]
     _refuse_differences(experiment, done)
     save_config(experiment)
-    save_json(folder / "environment.json", environment(experiment.seed))
+    _record_environment(folder / "environment.json", environment(experiment.seed))
+
+
+def _record_environment(path: Path, entry: dict[str, Any]) -> None:
+    """Add an entry to the list of environments and commands that made a run, unless it is there."""
+    entries = load_json(path) if path.is_file() else []
+    if entry not in entries:
+        save_json(path, [*entries, entry])
 
 
 def check_run(experiment: Experiment) -> None:

@@ -216,14 +216,21 @@ def test_a_method_and_a_search_do_not_share_a_folder(call: Call, finished: Path)
         ("search", ["--output=x", "--dataset=cifar11"], ["dataset must be one of digits", "'cifar11'"]),
         ("search", ["--output=x", "--criterion=l3"], ["criterion must be one of l1", "'l3'"]),
         ("search", ["--output=x", "--targets", "0.5", "1.5"], ["targets must be kept fractions in (0, 1]", "1.5"]),
-        ("search", ["--output=x", "--targets", "nan"], ["targets must be kept fractions in (0, 1]", "nan"]),
+        ("search", ["--output=x", "--targets", "nan"], ["targets", "nan"]),
         ("search", ["--output=x", "--mean", "125", "123", "114", "--std", "58", "57", "57"], ["mean must be three"]),
         ("search", ["--output=x", "--colour=red"], ["colour"]),
         ("search", ["--output=x", "--episodes=many"], ["episodes", "many"]),
         ("search", [], ["no run folder: give --output"]),
         ("search", ["--output=x", "--device=cuda:7"], ["device cuda:7 is not there", "--device cpu"]),
         ("search", ["--output=x", "--device=tpu"], ["device must be auto, cpu, cuda or cuda:N", "'tpu'"]),
+        ("search", ["--output=x", "--device=cpu:"], ["device must be auto, cpu, cuda or cuda:N", "'cpu:'"]),
+        ("search", ["--output=x", "--seed=99999999999"], ["seed must be at most 4294967295"]),
+        ("search", ["--output=x", "--targets", "0.5", "0.501"], ["targets must lie at least 0.01 apart"]),
+        ("search", ["--output=x", "--episodes=2"], ["episodes must be at least one a target (3), but got 2"]),
+        ("search", ["--output=x", "--episode=5"], ["--episode=5"]),
         ("search", ["--config=nowhere.yaml"], ["nowhere.yaml"]),
+        ("pretrain", ["--output=LICENSE"], ["LICENSE is a file"]),
+        ("pretrain", ["--output=LICENSE/x"], ["LICENSE/x"]),
         ("export", ["nowhere"], ["nowhere holds no run"]),
         ("finetune", ["nowhere"], ["nowhere holds no run"]),
     ],
@@ -232,6 +239,31 @@ def test_bad_settings_end_in_one_message(call: Call, command: str, arguments: li
     error = call(command, *arguments, status=2)
     assert all(word in error for word in words), error
     assert not (ROOT / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", ["must hold lines like `episodes: 900`"]),
+        ("targets: 0.5", ["targets must be a list", "got 0.5"]),
+        ("targets: '0.3:0.8'", ["targets must be a list", "'0.3:0.8'"]),
+        ("seed: null", ["seed must have a value"]),
+        ("colour: red", ["colour"]),
+        ("model: [", ["mine.yaml cannot be read"]),
+    ],
+)
+def test_bad_config_files_end_in_one_message(call: Call, tmp_path: Path, text: str, words: list[str]) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    error = call("search", f"--config={tmp_path / 'mine.yaml'}", "--output", tmp_path / "run", status=2)
+    assert all(word in error for word in words), error
+    assert not (tmp_path / "run").exists()
+
+
+def test_settings_of_the_run_hold_wherever_its_name_stands(call: Call, finished: Path) -> None:
+    assert "epochs: 1 -> 3" in call("finetune", "--epochs=3", finished, status=2)
+    assert "seed: 0 -> 1" in call("finetune", finished, "--seed=1", status=2)
+    assert "criterion: 'l1' -> 'l2'" in call("search", "--ask=0.45", "--criterion=l2", "--output", finished, status=2)
+    assert "scope: 'inner' -> 'all'" in call("export", finished, "--scope=all", status=2)
 
 
 def test_an_unreachable_target_is_refused_with_the_range(call: Call, finished: Path, tmp_path: Path) -> None:
@@ -245,8 +277,7 @@ def test_wrong_weights_are_named(call: Call, finished: Path, tmp_path: Path) -> 
     dense = finished / "dense" / "model.safetensors"
     normal = ["--mean", "0.5", "0.5", "0.5", "--std", "0.5", "0.5", "0.5"]
     other = ["--output", tmp_path / "other"]
-    missing = call("pretrain", *TINY, "--weights=gone.pt", *normal, *other, status=2)
-    assert "gone.pt" in missing
+    assert "there is no gone.pt" in call("pretrain", *TINY, "--weights=gone.pt", *other, status=2)
     assert "give --mean and --std" in call("pretrain", *TINY, f"--weights={dense}", *other, status=2)
     deeper = call("pretrain", *TINY, "--model=resnet32", f"--weights={dense}", *normal, *other, status=2)
     assert "layer1.3.conv1.weight" in deeper and "layer3.4.bn2.weight" in deeper
@@ -268,10 +299,14 @@ def test_a_model_at_chance_is_refused(call: Call, tmp_path: Path) -> None:
 def test_a_full_disk_ends_in_one_message_and_leaves_no_torn_file(finished: Path, tmp_path: Path) -> None:
     folder = tmp_path / "full"
     error = run("pretrain", *TINY, f"--weights={finished}", "--output", folder, status=2, file_limit=100_000)
-    assert "cannot write" in error and "free some space" in error
+    assert "File too large; free some space, then run the same command again" in error
     assert list((folder / "dense").iterdir()) == []
     run("pretrain", *TINY, f"--weights={finished}", "--output", folder)
     assert (folder / "dense" / "result.json").is_file()
+    error = run("search", *TINY, f"--weights={finished}", "--output", folder, status=2, file_limit=10_000)
+    assert "free some space" in error
+    assert not (folder / "policies").exists()
+    assert not (folder / "search" / "checkpoint" / "checkpoint.safetensors").exists()
 
 
 def test_offline_cifar10_says_what_is_missing(call: Call, tmp_path: Path) -> None:
