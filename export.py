@@ -16,12 +16,12 @@ from torch import nn
 from cacp.checkpoint import load_json, load_tensors, save_json
 from cacp.config import experiment_from, parse
 from cacp.cost import counted_cost
-from cacp.exporting import Architecture, Latency, load_pruned, measure_latency, save_pruned
+from cacp.evaluation import device_of
+from cacp.exporting import Architecture, load_pruned, measure_latency, save_pruned
 from cacp.pipeline import Workbench, build_workbench, check_run, environment, run_command, select_device
 from cacp.policies import load_policies
 from cacp.reporting import console, millions, percent, table
 from cacp.schema import PolicyRecord, UserError
-from cacp.training import device_of
 
 SCORE_TOLERANCE = 0.005  # of top-1 between search and export, both fp32 on the same images
 LATENCY_BATCHES = (1, 64)  # images
@@ -87,11 +87,6 @@ def export(bench: Workbench, model_name: str, record: PolicyRecord, folder: Path
             "search; "
             "dense weights, data or calibration images are not those of the search"
         )
-    latencies = {
-        f"batch {batch}": dict(zip(("dense", "pruned"), map(_latency, pair), strict=True))
-        for batch in LATENCY_BATCHES
-        for pair in [measure_latency([dense.model, loaded], dense.image_shape, batch)]
-    }
     report = {
         "policy": record.to_json(),
         "dense": {**bench.cost_model.dense._asdict(), "validation_top1": dense.validation_top1},
@@ -99,7 +94,7 @@ def export(bench: Workbench, model_name: str, record: PolicyRecord, folder: Path
         "score_at_search": {"top1": record.score.top1, "loss": record.score.loss},
         "score_at_export": evaluation._asdict(),
         "bit_equal_after_loading": True,
-        "latency_ms": latencies,
+        "latency_ms": measured_latencies(dense.model, loaded, dense.image_shape),
         "environment": environment(bench.seed),
     }
     save_json(folder / "report.json", report)
@@ -118,8 +113,16 @@ def check_parity(sliced: nn.Module, loaded: nn.Module, bench: Workbench) -> None
             raise UserError("the exported model, loaded again, gives other outputs; report this with the policy file")
 
 
-def _latency(latency: Latency) -> dict[str, float]:
-    return {"median": latency.median_ms, "interquartile_range": latency.spread_ms}
+def measured_latencies(dense: nn.Module, pruned: nn.Module, image_shape: tuple[int, int, int]) -> dict[str, Any]:
+    """Milliseconds a batch of both models, measured in turn."""
+    measured: dict[str, Any] = {}
+    for batch in LATENCY_BATCHES:
+        latencies = measure_latency([dense, pruned], image_shape, batch)
+        measured[f"batch {batch}"] = {
+            name: {"median": latency.median_ms, "interquartile_range": latency.spread_ms}
+            for name, latency in zip(("dense", "pruned"), latencies, strict=True)
+        }
+    return measured
 
 
 def _size(folder: Path) -> int:

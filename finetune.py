@@ -16,11 +16,13 @@ from torch import nn
 from cacp.checkpoint import load_json, save_json, sha256
 from cacp.config import Experiment, experiment_from, parse
 from cacp.data import Splits, load_dataset
+from cacp.dense import DenseModel, load_dense
+from cacp.evaluation import evaluate_data
 from cacp.exporting import WEIGHTS, load_architecture, load_pruned, save_pruned
-from cacp.pipeline import DenseModel, check_run, environment, load_dense, load_splits, run_command, select_device
+from cacp.pipeline import check_run, environment, load_splits, run_command, select_device, training_recipe
 from cacp.reporting import console, millions, percent, table, track_training
 from cacp.schema import UserError
-from cacp.training import EpochRecord, Recipe, chosen_epoch, evaluate_data, fit
+from cacp.training import EpochRecord, Recipe, chosen_epoch, fit
 
 
 def main() -> None:
@@ -32,7 +34,9 @@ def main() -> None:
         raise UserError(f"{experiment.folder} holds no exported model; run export.py {experiment.folder} first")
     folders = {export.name: experiment.folder / "finetune" / export.name for export in exports}
     check_run(experiment)
-    recipe = recipe_of(experiment)
+    recipe = training_recipe(
+        experiment, experiment.finetune_epochs, experiment.finetune_lr, experiment.finetune_schedule
+    )
     waiting = [export for export in exports if not is_done(folders[export.name], export, recipe)]
     if waiting:
         splits = load_splits(experiment)
@@ -42,19 +46,6 @@ def main() -> None:
             model, records = train(experiment, recipe, export, folder, splits, dense)
             finish(experiment, recipe, export, folder, model, records, dense)
     show_results({name: load_json(folder / "result.json") for name, folder in folders.items()}, experiment.folder)
-
-
-def recipe_of(experiment: Experiment) -> Recipe:
-    return Recipe(
-        epochs=experiment.finetune_epochs,
-        lr=experiment.finetune_lr,
-        weight_decay=experiment.weight_decay,
-        batch_size=experiment.batch_size,
-        schedule=experiment.finetune_schedule,
-        padding=experiment.crop_padding,
-        flip=experiment.flip,
-        precision=experiment.precision,
-    )
 
 
 def is_done(folder: Path, export: Path, recipe: Recipe) -> bool:

@@ -13,10 +13,11 @@ import torch
 from cacp.checkpoint import load_json
 from cacp.config import Experiment, experiment_from, parse
 from cacp.data import Splits, channel_statistics
+from cacp.dense import import_weights, save_dense
 from cacp.models import build_model
-from cacp.pipeline import check_targets, import_weights, load_inputs, open_run, run_command, save_dense, select_device
+from cacp.pipeline import check_targets, load_inputs, open_run, run_command, select_device, training_recipe
 from cacp.reporting import console, percent, track_training
-from cacp.training import Recipe, chosen_epoch, fit
+from cacp.training import chosen_epoch, fit
 
 
 def main() -> None:
@@ -40,15 +41,8 @@ def main() -> None:
 
 def train_dense(experiment: Experiment, splits: Splits, device: torch.device) -> None:
     """Train from scratch; the validation images are held out and pick the epoch."""
-    recipe = Recipe(
-        epochs=experiment.pretrain_epochs,
-        lr=experiment.pretrain_lr,
-        weight_decay=experiment.weight_decay,
-        batch_size=experiment.batch_size,
-        schedule=experiment.pretrain_schedule,
-        padding=experiment.crop_padding,
-        flip=experiment.flip,
-        precision=experiment.precision,
+    recipe = training_recipe(
+        experiment, experiment.pretrain_epochs, experiment.pretrain_lr, experiment.pretrain_schedule
     )
     folder = experiment.folder / "dense"
     model = build_model(experiment.model, len(splits.train.classes), seed=experiment.seed).to(device)

@@ -1,6 +1,6 @@
 """What a new user does first, timed: search_export.sh and finetune.sh on the digits, for several seeds.
 
-    python benchmarks/digits.py --seeds 0 1 2 --output results/digits.json
+    python -m benchmarks.digits --seeds 0 1 2 --output results/digits.json
 
 Every command runs in a process of its own, in a fresh run folder runs/digits_seed_N; wall seconds, peak memory of its
 largest process, test top-1 dense, before and after fine-tuning. A seed whose run folder is there is refused.

@@ -1,6 +1,6 @@
 """One JSON and one table of several runs on the same data: every exported model on the test images.
 
-    python benchmarks/summarise.py RUN [RUN ...] --output results/NAME.json
+    python -m benchmarks.summarise RUN [RUN ...] --output results/NAME.json
 
 For each run: method, seconds of its search, and for each policy MACs, top-1 in the search, scored again, on the test
 images before fine-tuning, and (where there is a fine-tuning) after it.
@@ -15,9 +15,9 @@ import yaml
 
 from cacp.checkpoint import load_json, save_json
 from cacp.data import ImageData, load_dataset
+from cacp.evaluation import evaluate_data
 from cacp.exporting import load_architecture, load_pruned
 from cacp.pipeline import environment
-from cacp.training import evaluate_data
 
 
 def main() -> None:

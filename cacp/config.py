@@ -21,12 +21,13 @@ import yaml
 from agents import AGENTS
 from cacp.checkpoint import write_atomically
 from cacp.data import DATASETS
+from cacp.evaluation import PRECISIONS
 from cacp.graph import SCOPES
 from cacp.importance import CRITERIA
 from cacp.methods import METHODS
 from cacp.models import MODEL_NAMES
 from cacp.schema import UserError
-from cacp.training import PRECISIONS, SCHEDULES
+from cacp.training import SCHEDULES
 
 # What a setting shapes: who the dense model is and which images judge it, how networks are trained, the policies, the
 # fine-tuning, or nothing but where and on what a command runs.

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from cacp.cost import CostModel
 from cacp.data import ImageData, normalise
+from cacp.evaluation import Evaluation, evaluate, recalibrate_batchnorm
 from cacp.schema import ChannelGroups, Normalisation, Policy, Score
 from cacp.slicing import slice_model
-from cacp.training import Evaluation, evaluate, recalibrate_batchnorm
 
 CALIBRATION_BATCH = 128  # images whose statistics are averaged; large enough for a stable variance
 EVALUATION_BATCH = 125  # images; fits the caches of a CPU core

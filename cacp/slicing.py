@@ -89,22 +89,17 @@ def _cut(module: nn.Module, role: str, kept: Sequence[int]) -> None:
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         _select(module, ("weight", "bias", "running_mean", "running_var"), 0, kept)
         module.num_features = len(kept)
-    elif isinstance(module, nn.Linear):
+    elif isinstance(module, nn.Linear | nn.Conv2d):
+        unit = "features" if isinstance(module, nn.Linear) else "channels"
         if role == "in":
             _select(module, ("weight",), 1, kept)
-            module.in_features = len(kept)
+            setattr(module, f"in_{unit}", len(kept))
         else:
             _select(module, ("weight", "bias"), 0, kept)
-            module.out_features = len(kept)
-    elif isinstance(module, nn.Conv2d):
-        if role == "in":
-            _select(module, ("weight",), 1, kept)
-            module.in_channels = len(kept)
-        else:
-            _select(module, ("weight", "bias"), 0, kept)
-            module.out_channels = len(kept)
-            if role == "features":  # depthwise: every channel is its own group
-                module.in_channels = module.groups = len(kept)
+            setattr(module, f"out_{unit}", len(kept))
+        if role == "features":  # depthwise: every channel is its own group
+            setattr(module, f"in_{unit}", len(kept))
+            module.groups = len(kept)
     else:
         raise AssertionError(f"trace gave an axis of {type(module).__name__}, which the slicer does not know")
 

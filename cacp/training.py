@@ -1,8 +1,8 @@
-"""Train, evaluate, and recalibrate batch norm: what pretraining, fine-tuning, scoring and the methods share.
+"""Train a model: what pretraining and fine-tuning share.
 
 `fit` is SGD as CACP fine-tunes (momentum 0.9, weight decay 1e-4, batch 256, no Nesterov), made exact to resume: the
 data order, the augmentation and dropout of an epoch are drawn from (seed, epoch) alone, so that weights and momentum
-are all the state there is. Batch norm recalibration is EagleEye's (Li et al., ECCV 2020).
+are all the state there is.
 
 Differences from the paper's released fine-tuning:
 - learning rate: x0.1 every 20 of 400 epochs -> "cosine" over the whole length; the released one, "paper", is at most
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,28 +27,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from cacp.checkpoint import load_state, pack, save_state, unpack
 from cacp.data import ImageData, augment, normalise
+from cacp.evaluation import PRECISIONS, Totals, check_batching, device_of, evaluate_data, resolve_precision
 from cacp.models.modes import training_flags_kept
 from cacp.schema import Normalisation, UserError
 
 SCHEDULES = ("paper", "step", "cosine")
-PRECISIONS = ("auto", "fp32", "bf16")
 WARMUP_FRACTION = 0.05  # of the whole length, "cosine" only
 DIVERGENCE_CHECK_STEPS = 100  # reading the loss waits for the device, so not every step
 
 
 class TrainingDiverged(UserError):
     """The loss or the weights became nan or infinite."""
-
-
-class Evaluation(NamedTuple):
-    """top1 in [0, 1] and the mean cross-entropy loss in nats."""
-
-    top1: float
-    loss: float
 
 
 class EpochRecord(NamedTuple):
@@ -128,113 +120,6 @@ def learning_rate(schedule: str, base_lr: float, epoch: float, epochs: int) -> f
             return base_lr * progress / WARMUP_FRACTION
         return base_lr * 0.5 * (1 + math.cos(math.pi * (progress - WARMUP_FRACTION) / (1 - WARMUP_FRACTION)))
     raise UserError(f"schedule must be one of {', '.join(SCHEDULES)}, but got {schedule!r}")
-
-
-def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype to autocast to: "auto" is bf16 where `device` computes in it, else fp32.
-
-    Raises:
-        UserError: for an unknown precision, or "bf16" on a device that would only emulate it.
-    """
-    if precision not in PRECISIONS:
-        raise UserError(f"precision must be one of {', '.join(PRECISIONS)}, but got {precision!r}")
-    supported = precision != "fp32" and _computes_bf16(device)
-    if precision == "bf16" and not supported:
-        raise UserError(f"precision must be auto or fp32 on {device}, which has no bf16 arithmetic, but got 'bf16'")
-    return torch.bfloat16 if supported else torch.float32
-
-
-def _computes_bf16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    # oneDNN's own query also says yes where it emulates bf16, slower than fp32; not every torch >= 2.6 has these two.
-    queries = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return device.type == "cpu" and any(query() for query in queries if query is not None)
-
-
-def evaluate(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -> Evaluation:
-    """Accuracy and loss on images in memory: inference mode, training flags as before.
-
-    Args:
-        model: classifier, (B, C, H, W) -> (B, classes).
-        images: (N, C, H, W) float, normalised, on the model's device.
-        labels: (N,) int64, on any device.
-        batch_size: images a forward pass, at least 1.
-
-    Raises:
-        UserError: for a batch size below 1 or no images.
-    """
-    _check_batching("images", len(images), batch_size)
-    return _evaluate_batches(model, zip(images.split(batch_size), labels.split(batch_size), strict=True))
-
-
-def evaluate_data(
-    model: nn.Module,
-    data: ImageData,
-    normalisation: Normalisation,
-    batch_size: int = 250,
-    precision: str = "fp32",
-) -> Evaluation:
-    """Accuracy and loss on a data set, batch by batch on the model's device, without augmentation.
-
-    Raises:
-        UserError: for a batch size below 1, no images, or a precision that the device does not have.
-    """
-    _check_batching("data", len(data), batch_size)
-    device = device_of(model)
-    dtype = resolve_precision(precision, device)
-    batches = (
-        (normalise(data.batch(indices), normalisation, device), data.labels[indices])
-        for indices in torch.arange(len(data)).split(batch_size)
-    )
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-        return _evaluate_batches(model, batches)
-
-
-def _evaluate_batches(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Evaluation:
-    totals = _Totals(device_of(model))
-    with training_flags_kept(model), torch.inference_mode():
-        model.eval()
-        for images, labels in batches:
-            logits = model(images).float()  # (B, classes)
-            labels = labels.to(logits.device)
-            totals.add(logits, labels, F.cross_entropy(logits, labels))
-    return Evaluation(totals.top1, totals.loss)
-
-
-@torch.no_grad()
-def recalibrate_batchnorm(model: nn.Module, images: Tensor, batch_size: int) -> None:
-    """Replace the running statistics of every batch norm by their mean over batches of `images`, in order.
-
-    The images are cut into ceil(N / batch_size) batches whose sizes differ by at most 1, so that no batch weighs more
-    than its images. Only batch norms are in training mode meanwhile (dropout is off, nothing is random); momentum and
-    training flags are restored. A model without batch norm statistics stays as it is.
-
-    Args:
-        model: changed in place: running_mean, running_var (unbiased), num_batches_tracked.
-        images: (N, C, H, W) float, normalised, on the model's device.
-        batch_size: the most images a batch; the statistics depend on it, as layers see batch-normalised inputs.
-
-    Raises:
-        UserError: for a batch size below 1 or no images.
-    """
-    _check_batching("images", len(images), batch_size)
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
-    if not norms:
-        return
-    momenta = [norm.momentum for norm in norms]
-    with training_flags_kept(model):
-        model.eval()
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # cumulative average
-            norm.train()
-        try:
-            for batch in images.tensor_split(math.ceil(len(images) / batch_size)):  # (B, C, H, W)
-                model(batch)
-        finally:
-            for norm, momentum in zip(norms, momenta, strict=True):
-                norm.momentum = momentum
 
 
 def chosen_epoch(records: Sequence[EpochRecord]) -> int:
@@ -321,9 +206,9 @@ def fit(
             seed, data size or model.
         TrainingDiverged: while iterating, when loss or weights are not finite; the checkpoint before it is kept.
     """
-    _check_batching("train", len(train), recipe.batch_size)
+    check_batching("train", len(train), recipe.batch_size)
     if validation is not None:
-        _check_batching("validation", len(validation), recipe.batch_size)
+        check_batching("validation", len(validation), recipe.batch_size)
     dtype = resolve_precision(recipe.precision, device_of(model))
     job = _Job(train, validation, normalisation, recipe, seed, device_of(model), dtype)
     model.to(memory_format=torch.channels_last)
@@ -395,9 +280,9 @@ def _run_epoch(state: FitState, job: _Job, epoch: int) -> EpochRecord:
     )
 
 
-def _train_epoch(state: FitState, job: _Job, epoch: int) -> _Totals:
+def _train_epoch(state: FitState, job: _Job, epoch: int) -> Totals:
     """One pass over the training images; all its randomness comes from (seed, epoch)."""
-    model, recipe, totals = state.model, job.recipe, _Totals(job.device)
+    model, recipe, totals = state.model, job.recipe, Totals(job.device)
     generator = torch.Generator().manual_seed(_epoch_seed(job.seed, epoch))
     order = torch.randperm(len(job.train), generator=generator)  # (N,)
     steps = math.ceil(len(order) / recipe.batch_size)
@@ -425,33 +310,6 @@ def _train_epoch(state: FitState, job: _Job, epoch: int) -> _Totals:
     return totals
 
 
-class _Totals:
-    """Correct answers and summed loss, on the device; reading `top1` or `loss` waits for it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(2, dtype=torch.float64, device=device)  # (2,): correct images, nats
-        self._count = 0
-
-    def add(self, logits: Tensor, labels: Tensor, mean_loss: Tensor) -> None:
-        """Add a batch: logits (B, classes), labels (B,), mean loss ()."""
-        correct = (logits.argmax(1) == labels).sum()
-        self._sums += torch.stack([correct.double(), mean_loss.double() * len(labels)])
-        self._count += len(labels)
-
-    @property
-    def top1(self) -> float:
-        return float(self._sums[0]) / self._count
-
-    @property
-    def loss(self) -> float:
-        return float(self._sums[1]) / self._count
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """The device of the model's first parameter; the CPU for a model without parameters."""
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-
-
 def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return torch.optim.SGD(parameters, recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
@@ -475,13 +333,6 @@ def _diverged(job: _Job, epoch: int, lr: float, what: str) -> TrainingDiverged:
         f"training diverged in epoch {epoch} at learning rate {lr:.3g} (lr={job.recipe.lr:g}): {what}; {remedy}. "
         f"Nothing of epoch {epoch} was saved"
     )
-
-
-def _check_batching(name: str, images: int, batch_size: int) -> None:
-    if images < 1 or batch_size < 1:
-        raise UserError(
-            f"{name} must hold at least 1 image and batch_size be at least 1, but got {images=}, {batch_size=}"
-        )
 
 
 def _check_settings(folder: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:

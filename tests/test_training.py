@@ -11,20 +11,9 @@ from torch import Tensor, nn
 
 from cacp.checkpoint import load_state
 from cacp.data import ImageData, normalise
+from cacp.evaluation import Evaluation, evaluate, evaluate_data, recalibrate_batchnorm, resolve_precision
 from cacp.schema import Normalisation, UserError
-from cacp.training import (
-    EpochRecord,
-    Evaluation,
-    Recipe,
-    TrainingDiverged,
-    chosen_epoch,
-    evaluate,
-    evaluate_data,
-    fit,
-    learning_rate,
-    recalibrate_batchnorm,
-    resolve_precision,
-)
+from cacp.training import EpochRecord, Recipe, TrainingDiverged, chosen_epoch, fit, learning_rate
 
 NORMALISATION = Normalisation((0.5,), (0.25,))
 RECIPE = Recipe(epochs=5, lr=0.05, batch_size=32, padding=1, flip=False, precision="fp32")
