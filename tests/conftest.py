@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cacp.data import ImageData
 from cacp.models import build_model
 from cacp.schema import ChannelGroups, Policy
 
@@ -67,3 +68,52 @@ def keep_all(groups: ChannelGroups) -> Policy:
 
 def policy_counts(groups: ChannelGroups, policy: Policy) -> list[int]:
     return [len(policy.keep[group.name]) for group in groups.prunable]
+
+
+def bars(count: int, seed: int = 0) -> ImageData:
+    """8 x 8 noise with a bright row (class 0), column (1) or diagonal (2): (count, 1, 8, 8)."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % 3
+    images = torch.randint(0, 120, (count, 1, 8, 8), generator=generator, dtype=torch.uint8)
+    for image, label in zip(images, labels.tolist(), strict=True):
+        place = int(torch.randint(2, 6, (), generator=generator))
+        shape = {0: torch.zeros(8, 8), 1: torch.zeros(8, 8), 2: torch.eye(8)}[label]
+        if label == 0:
+            shape[place] = 1
+        elif label == 1:
+            shape[:, place] = 1
+        image[0][shape.bool()] = 255
+    return ImageData(images, labels, ("row", "column", "diagonal"))
+
+
+def tiny_cnn(dropout: float = 0.0) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 12, 3, padding=1, bias=False),
+        nn.BatchNorm2d(12),
+        nn.ReLU(),
+        nn.Conv2d(12, 12, 3, padding=1, bias=False),
+        nn.BatchNorm2d(12),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Dropout(dropout),
+        nn.Linear(12, 3),
+    )
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_equal_weights(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked gpu are skipped where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))

@@ -1,4 +1,4 @@
-"""Schedules, evaluation, batch norm recalibration and fitting, against hand formulas and interrupted runs."""
+"""Schedules and fitting, against hand formulas and interrupted runs."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from conftest import assert_equal_weights, bars, snapshot, tiny_cnn
+from torch import nn
 
 from cacp.checkpoint import load_state
-from cacp.data import ImageData, normalise
-from cacp.evaluation import Evaluation, evaluate, evaluate_data, recalibrate_batchnorm, resolve_precision
+from cacp.data import ImageData
+from cacp.evaluation import Evaluation, evaluate_data
 from cacp.schema import Normalisation, UserError
 from cacp.training import EpochRecord, Recipe, TrainingDiverged, chosen_epoch, fit, learning_rate
 
@@ -22,47 +23,6 @@ RECIPE = Recipe(epochs=5, lr=0.05, batch_size=32, padding=1, flip=False, precisi
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
-
-
-def bars(count: int, seed: int = 0) -> ImageData:
-    """8 x 8 noise with a bright row (class 0), column (1) or diagonal (2): (count, 1, 8, 8)."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(count) % 3
-    images = torch.randint(0, 120, (count, 1, 8, 8), generator=generator, dtype=torch.uint8)
-    for image, label in zip(images, labels.tolist(), strict=True):
-        place = int(torch.randint(2, 6, (), generator=generator))
-        shape = {0: torch.zeros(8, 8), 1: torch.zeros(8, 8), 2: torch.eye(8)}[label]
-        if label == 0:
-            shape[place] = 1
-        elif label == 1:
-            shape[:, place] = 1
-        image[0][shape.bool()] = 255
-    return ImageData(images, labels, ("row", "column", "diagonal"))
-
-
-def tiny_cnn(dropout: float = 0.0) -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(1, 12, 3, padding=1, bias=False),
-        nn.BatchNorm2d(12),
-        nn.ReLU(),
-        nn.Conv2d(12, 12, 3, padding=1, bias=False),
-        nn.BatchNorm2d(12),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Dropout(dropout),
-        nn.Linear(12, 3),
-    )
-
-
-def snapshot(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def assert_equal_weights(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
-    assert first.keys() == second.keys()
-    assert [name for name in first if not torch.equal(first[name], second[name])] == []
 
 
 def without_times(records: list[EpochRecord]) -> list[EpochRecord]:
@@ -112,108 +72,7 @@ def test_a_recipe_lists_every_wrong_value() -> None:
     assert "momentum" not in str(error.value)
 
 
-def test_precision_follows_what_the_cpu_computes_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu = torch.device("cpu")
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
-    assert [resolve_precision(name, cpu) for name in ("auto", "bf16", "fp32")] == [
-        torch.bfloat16,
-        torch.bfloat16,
-        torch.float32,
-    ]
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    assert resolve_precision("auto", cpu) == torch.float32
-    with pytest.raises(UserError, match="auto or fp32 on cpu, which has no bf16"):
-        resolve_precision("bf16", cpu)
-    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")  # a torch without the query
-    assert resolve_precision("auto", cpu) == torch.float32
-    with pytest.raises(UserError, match="precision must be one of auto, fp32, bf16, but got 'fp16'"):
-        resolve_precision("fp16", cpu)
-
-
 # --- evaluate
-
-
-@pytest.mark.parametrize("batch_size", [1, 2, 3, 10])
-def test_evaluate_equals_the_hand_value_at_every_batch_size(batch_size: int) -> None:
-    logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 5.0]]).reshape(3, 2, 1, 1)
-    labels = torch.tensor([0, 0, 1])
-    # -log softmax of a pair with margin d is log(1 + exp(-d)); the margins of the right answers are 2, -1, 2
-    expected = (2 * math.log1p(math.exp(-2)) + math.log1p(math.exp(1))) / 3
-    result = evaluate(nn.Flatten(), logits, labels, batch_size)
-    assert result.top1 == pytest.approx(2 / 3, abs=1e-12)
-    assert result.loss == pytest.approx(expected, abs=1e-6)
-
-
-def test_evaluate_uses_running_statistics_and_restores_every_flag() -> None:
-    model = tiny_cnn(dropout=0.5).train()
-    model[1].eval()  # frozen by the caller
-    flags = [module.training for module in model.modules()]
-    before = snapshot(model)
-    images, labels = torch.randn(7, 1, 8, 8), torch.arange(7) % 3
-    first, second = evaluate(model, images, labels, 7), evaluate(model, images, labels, 3)
-    assert first == pytest.approx(second, abs=1e-6)
-    assert [module.training for module in model.modules()] == flags
-    assert_equal_weights(snapshot(model), before)
-
-
-def test_evaluate_data_equals_evaluate_on_the_normalised_images() -> None:
-    model, data = tiny_cnn(), bars(23)
-    images = normalise(data.batch(torch.arange(23)), NORMALISATION)
-    assert evaluate_data(model, data, NORMALISATION, batch_size=5) == pytest.approx(
-        evaluate(model, images, data.labels, 23), abs=1e-6
-    )
-
-
-@pytest.mark.parametrize(("count", "batch_size"), [(0, 4), (4, 0)])
-def test_nothing_to_evaluate_is_an_error(count: int, batch_size: int) -> None:
-    with pytest.raises(UserError, match=f"images={count}, batch_size={batch_size}"):
-        evaluate(tiny_cnn(), torch.zeros(count, 1, 8, 8), torch.zeros(count, dtype=torch.int64), batch_size)
-
-
-# --- batch norm
-
-
-def test_one_batch_gives_its_mean_and_unbiased_variance() -> None:
-    images = torch.randn(10, 3, 4, 4) * 3 + 1
-    model = nn.Sequential(nn.BatchNorm2d(3))
-    model[0].running_mean.fill_(99)
-    recalibrate_batchnorm(model, images, 10)
-    torch.testing.assert_close(model[0].running_mean, images.mean((0, 2, 3)), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(model[0].running_var, images.var((0, 2, 3), unbiased=True), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize(("count", "batch_size", "sizes"), [(12, 4, [4, 4, 4]), (9, 8, [5, 4]), (10, 4, [4, 3, 3])])
-def test_several_batches_give_the_average_of_theirs(count: int, batch_size: int, sizes: list[int]) -> None:
-    images = torch.randn(count, 3, 4, 4)
-    model = nn.Sequential(nn.BatchNorm2d(3))
-    recalibrate_batchnorm(model, images, batch_size)
-    batches = images.split(sizes)
-    means = torch.stack([batch.mean((0, 2, 3)) for batch in batches]).mean(0)
-    variances = torch.stack([batch.var((0, 2, 3), unbiased=True) for batch in batches]).mean(0)
-    torch.testing.assert_close(model[0].running_mean, means, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(model[0].running_var, variances, rtol=1e-5, atol=1e-6)
-    assert int(model[0].num_batches_tracked) == len(sizes)
-
-
-def test_recalibration_is_deterministic_with_dropout_and_restores_the_model() -> None:
-    model = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm2d(3, momentum=0.3), nn.BatchNorm2d(3)).train()
-    model[2].eval()
-    images = torch.randn(10, 3, 4, 4)
-    recalibrate_batchnorm(model, images, 10)
-    torch.testing.assert_close(model[1].running_mean, images.mean((0, 2, 3)), rtol=1e-5, atol=1e-6)
-    first = snapshot(model)
-    recalibrate_batchnorm(model, images, 10)
-    assert_equal_weights(snapshot(model), first)
-    assert (model[1].momentum, model[2].momentum) == (0.3, 0.1)
-    assert [module.training for module in model] == [True, True, False]
-
-
-def test_a_model_without_batch_norm_stays_as_it_is() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=False))
-    before = snapshot(model)
-    recalibrate_batchnorm(model, torch.randn(2, 3, 4, 4), 2)
-    assert_equal_weights(snapshot(model), before)
 
 
 # --- fit
