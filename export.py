@@ -18,6 +18,7 @@ from cacp.config import experiment_from, parse
 from cacp.cost import counted_cost
 from cacp.evaluation import device_of
 from cacp.exporting import Architecture, load_pruned, measure_latency, save_pruned
+from cacp.history import target_budgets
 from cacp.pipeline import Workbench, build_workbench, check_run, environment, run_command, select_device
 from cacp.policies import load_policies
 from cacp.reporting import console, millions, percent, table
@@ -33,6 +34,11 @@ def main() -> None:
     check_run(experiment)
     records = load_policies(experiment.folder)
     folders = {record.budget.name: experiment.folder / "export" / record.budget.name for record in records}
+    missing = [budget.name for budget in target_budgets(experiment.targets) if budget.name not in folders]
+    if missing:
+        raise UserError(
+            f"no policy yet for {', '.join(missing)}; run search.py (or prune.py) on this folder again first"
+        )
     bench: Workbench | None = None
     for record in records:
         folder = folders[record.budget.name]
@@ -89,7 +95,7 @@ def export(bench: Workbench, model_name: str, record: PolicyRecord, folder: Path
         )
     report = {
         "policy": record.to_json(),
-        "dense": {**bench.cost_model.dense._asdict(), "validation_top1": dense.validation_top1},
+        "dense": {**bench.cost_model.dense._asdict(), "holdout_top1": bench.rescorer.evaluate(dense.model).top1},
         "pruned": {**cost._asdict(), "counted_macs": counted.macs, "size_bytes": _size(folder)},
         "score_at_search": {"top1": record.score.top1, "loss": record.score.loss},
         "score_at_export": evaluation._asdict(),
@@ -138,9 +144,7 @@ def show_reports(reports: dict[str, dict[str, Any]], folder: Path) -> None:
         dense_ms, pruned_ms = (latency[key]["median"] for key in ("dense", "pruned"))
         if not rows:
             macs, params = millions(dense["macs"]), millions(dense["params"])
-            rows.append(
-                ["dense", macs, "1.000", params, percent(dense["validation_top1"]), f"{dense_ms:.1f}", "1.00 x"]
-            )
+            rows.append(["dense", macs, "1.000", params, percent(dense["holdout_top1"]), f"{dense_ms:.1f}", "1.00 x"])
         rows.append(
             [
                 name,

@@ -20,6 +20,7 @@ from cacp.dense import DenseModel, load_dense
 from cacp.evaluation import evaluate_data
 from cacp.exporting import WEIGHTS, load_architecture, load_pruned, save_pruned
 from cacp.pipeline import check_run, environment, load_splits, run_command, select_device, training_recipe
+from cacp.policies import load_policies
 from cacp.reporting import console, millions, percent, table, track_training
 from cacp.schema import UserError
 from cacp.training import EpochRecord, Recipe, chosen_epoch, fit
@@ -29,9 +30,10 @@ def main() -> None:
     description = "Fine-tune the exported models of a run."
     experiment = experiment_from(parse("finetune", description, sys.argv[1:], run_argument=True))
     device = select_device(experiment.device)
-    exports = sorted(path.parent for path in (experiment.folder / "export").glob("*/report.json"))
-    if not exports:
-        raise UserError(f"{experiment.folder} holds no exported model; run export.py {experiment.folder} first")
+    exports = [experiment.folder / "export" / record.budget.name for record in load_policies(experiment.folder)]
+    missing = [export.name for export in exports if not (export / "report.json").is_file()]
+    if missing:
+        raise UserError(f"not exported yet: {', '.join(missing)}; run export.py {experiment.folder} first")
     folders = {export.name: experiment.folder / "finetune" / export.name for export in exports}
     check_run(experiment)
     recipe = training_recipe(
@@ -49,29 +51,23 @@ def main() -> None:
 
 
 def is_done(folder: Path, export: Path, recipe: Recipe) -> bool:
-    """Whether the folder holds a finished fine-tuning of this export by this recipe.
+    """Whether the folder holds a finished fine-tuning of this export by this recipe; it is reserved for them if empty.
 
     Raises:
         UserError: if it holds one, begun or finished, of another export or by another recipe.
     """
-    source = folder / "source.json"
-    exported = {"weights_sha256": sha256(export / WEIGHTS)}
-    if source.is_file() and load_json(source) != exported:
-        raise UserError(f"{folder} belongs to an earlier export of another policy; move it away, then run again")
-    if not source.is_file():
-        save_json(source, exported)
-    path = folder / "result.json"
+    path, here = folder / "source.json", {"weights_sha256": sha256(export / WEIGHTS), **asdict(recipe)}
     if not path.is_file():
-        return False
-    there, here = load_json(path, ["recipe", "test_top1"])["recipe"], asdict(recipe)
-    different = [f"{key}: {there.get(key)!r} -> {here[key]!r}" for key in here if there.get(key) != here[key]]
+        save_json(path, here)
+    there = load_json(path, list(here))
+    different = [f"{key}: {there[key]!r} -> {here[key]!r}" for key in here if there[key] != here[key]]
     if different:
         raise UserError(
-            f"{folder} was fine-tuned by another recipe:\n  "
+            f"{folder} holds a fine-tuning of another policy or by another recipe:\n  "
             + "\n  ".join(different)
-            + "\nuse the same settings, or move that folder away"
+            + f"\nuse the same settings, or move {folder} away (or delete it), then run again"
         )
-    return True
+    return (folder / "result.json").is_file()
 
 
 def train(

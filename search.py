@@ -147,9 +147,10 @@ def play(
                     if best and shown.get(budget.name) != best.counts:
                         shown[budget.name] = best.counts
                         log_best_policy(logger, bench.groups, budget, best)
+            logger.dump(end.episode)  # before the checkpoint: a resumed search drops what comes after it
+            if last or end.episode % CHECKPOINT_EPISODES == 0:
                 tensors, data = agent.state()
                 save_state(folder / "checkpoint", tensors, {"episode": end.episode, "agent": data})
-            logger.dump(end.episode)
             bests = (f"{name} {100 * row.top1:.1f} %" for name, row in history.leaders.items())
             progress.advance("best " + ", ".join(bests))
 
@@ -208,6 +209,10 @@ def ask(experiment: Experiment, target: float) -> None:
     Raises:
         UserError: if the search is not finished, or the target cannot be met.
     """
+    if experiment.agent == "random":
+        raise UserError(
+            f"{experiment.folder} was searched at random: there is no agent to ask; use a run of --agent cacp"
+        )
     check_run(experiment)
     budget = Budget({"macs": target})
     networks = experiment.folder / "search" / "agent" / "networks.safetensors"

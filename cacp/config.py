@@ -1,7 +1,7 @@
 """The one flat `Experiment` that serves all commands, read from YAML and flags.
 
-Order of precedence: defaults, the run folder's own config.yaml, `--config FILE`, flags. A key that no command knows is
-an error. Every field says which stage it shapes: a run whose stage is done refuses another value for it.
+Order of precedence: defaults, then `--config FILE` or else the run folder's own config.yaml, then flags. A key that no
+command knows is an error. Every field says which stage it shapes: a run whose stage is done refuses another value.
 """
 
 from __future__ import annotations
@@ -177,14 +177,15 @@ def parse(command: str, description: str, argv: Sequence[str], run_argument: boo
         run_argument: whether the command takes the run folder as its argument (export, finetune).
 
     Returns:
-        Namespace of every Experiment field, plus what `search.py` adds. Use `experiment(namespace)`.
+        Namespace of every Experiment field, plus what `search.py` adds. Use `experiment_from`.
     """
-    _check_files(argv)
+    _check_files(_config_files(argv))
     first = _parser(command, description, run_argument, []).parse_args(list(argv))
     folder = first.get("run") or first["output"]
     own_config = Path(folder) / "config.yaml"
     if first.get("config") or not folder or not own_config.is_file():
         return first
+    _check_files([str(own_config)])
     return _parser(command, description, run_argument, [str(own_config)]).parse_args(list(argv))
 
 
@@ -224,6 +225,11 @@ def _wrong_targets(experiment: Experiment) -> list[str]:
         wrong.append(f"targets must lie at least 0.01 apart, but got {targets}")
     if experiment.episodes < len(targets):
         wrong.append(f"episodes must be at least one a target ({len(targets)}), but got {experiment.episodes}")
+    if experiment.agent == "cacp" and experiment.warmup_episodes >= experiment.episodes:
+        wrong.append(
+            f"warmup_episodes must be below episodes ({experiment.episodes}), so that the agent acts, "
+            f"but got {experiment.warmup_episodes}; lower it, or use --agent random"
+        )
     return wrong
 
 
@@ -236,15 +242,18 @@ def _add_setting(group: Any, item: dataclasses.Field[Any], command: str) -> None
     group.add_argument(*names, default=default, help=item.metadata["help"], **keywords)
 
 
-def _check_files(argv: Sequence[str]) -> None:
-    """Refuse a --config file that is no mapping of settings, before the parser's less helpful messages.
+def _config_files(argv: Sequence[str]) -> list[str]:
+    """The files that --config names."""
+    paths = [following for word, following in itertools.pairwise([*argv, ""]) if word == "--config"]
+    return paths + [word.partition("=")[2] for word in argv if word.startswith("--config=")]
+
+
+def _check_files(paths: Sequence[str]) -> None:
+    """Refuse a config file that is no mapping of settings, before the parser's less helpful messages.
 
     Raises:
         UserError: naming the file, and every list that is given as something else.
     """
-    words = [*argv, ""]
-    paths = [following for word, following in itertools.pairwise(words) if word == "--config"]
-    paths += [word.partition("=")[2] for word in argv if word.startswith("--config=")]
     for path in paths:
         try:
             settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -281,9 +290,13 @@ def experiment_from(namespace: jsonargparse.Namespace) -> Experiment:
     return Experiment(**values)
 
 
-def save_config(experiment: Experiment) -> None:
-    """Write the run folder's config.yaml."""
-    write_atomically(experiment.folder / "config.yaml", yaml.safe_dump(_plain_values(experiment), sort_keys=False))
+def save_config(experiment: Experiment, begun: bool) -> None:
+    """Write the run folder's config.yaml; a run that has begun keeps its own data folder and device."""
+    path, values = experiment.folder / "config.yaml", _plain_values(experiment)
+    if begun:
+        there = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values.update({key: there[key] for key in stage_keys([MACHINE]) if key in there})
+    write_atomically(path, yaml.safe_dump(values, sort_keys=False))
 
 
 def stage_keys(stages: Sequence[str]) -> list[str]:

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from cacp.checkpoint import load_json, save_json, save_tensors, sha256
-from cacp.config import Experiment, differences
-from cacp.data import Splits
+from cacp.config import Experiment
+from cacp.data import Splits, fingerprint
 from cacp.evaluation import evaluate_data
 from cacp.models import build_model
 from cacp.models.weights import PUBLISHED, fetch_published, load_weights
 from cacp.schema import Normalisation, UserError
 
-DENSE_KEYS = ("sha256", "mean", "std", "classes", "trained_on", "validation_top1", "validation_unseen")
+DENSE_KEYS = ("sha256", "split_sha256", "mean", "std", "classes", "trained_on", "validation_top1", "validation_unseen")
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def import_weights(experiment: Experiment, splits: Splits, device: torch.device)
     Raises:
         UserError: for missing, damaged or wrong weights, or a file without `mean` and `std` on the command line.
     """
-    weights = published_weights(experiment) if experiment.weights == "published" else _given(experiment)
+    weights = published_weights(experiment) if experiment.weights == "published" else _given(experiment, splits)
     model = build_model(experiment.model, len(splits.train.classes), seed=experiment.seed)
     load_weights(model, weights.path)
     origin = {
@@ -75,18 +75,17 @@ def published_weights(experiment: Experiment) -> _Weights:
     return _Weights(path, published.normalisation, published.trained_on)
 
 
-def _given(experiment: Experiment) -> _Weights:
+def _given(experiment: Experiment, splits: Splits) -> _Weights:
     path = Path(experiment.weights)
     if not path.exists():
         raise UserError(f"weights must be train, published, a weights file or a run folder; there is no {path}")
     if path.is_dir():
         result_path = path / "dense" / "result.json"
-        if not result_path.is_file() or not (path / "config.yaml").is_file():
+        if not result_path.is_file():
             raise UserError(f"weights {path} is a folder, but holds no run with a dense model (dense/result.json)")
         result = load_json(result_path, DENSE_KEYS)
         normalisation = Normalisation(tuple(result["mean"]), tuple(result["std"]))
-        split = ("dataset", "data_dir", "image_size", "validation_images", "calibration_images", "seed")
-        unseen = result["validation_unseen"] and not differences(experiment, split, path)
+        unseen = result["validation_unseen"] and result["split_sha256"] == fingerprint(splits)
         return _Weights(path / "dense" / "model.safetensors", normalisation, result["trained_on"], unseen)
     if experiment.mean is None or experiment.std is None:
         raise UserError(
@@ -110,6 +109,7 @@ def save_dense(
     result = {
         **origin,
         "sha256": sha256(folder / "model.safetensors"),
+        "split_sha256": fingerprint(splits),
         "model": experiment.model,
         "mean": list(normalisation.mean),
         "std": list(normalisation.std),
@@ -135,6 +135,11 @@ def load_dense(experiment: Experiment, splits: Splits, device: torch.device) -> 
         raise UserError(
             f"the data set has the classes {', '.join(splits.train.classes)}, but the dense model was made for "
             f"{', '.join(classes)}; give the --data_dir of the same data"
+        )
+    if fingerprint(splits) != result["split_sha256"]:
+        raise UserError(
+            f"the images of {experiment.data_dir} are not those that {path} was made with, so validation images may "
+            "have been trained on; give the --data_dir of the same data, or use another --output"
         )
     weights = path.parent / "model.safetensors"
     if sha256(weights) != result["sha256"]:

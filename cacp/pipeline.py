@@ -1,4 +1,4 @@
-"""What the entry points share: the run folder, the device, the data, the dense model, policy files, exit statuses.
+"""What the entry points share: exit statuses, the run folder, the device, the data, the workbench of a search.
 
 This is where an `Experiment` becomes the plain arguments that the library takes.
 """
@@ -52,6 +52,8 @@ def run_command(main: Callable[[], None]) -> None:
         sys.exit(_failed(str(error)))
     except KeyboardInterrupt:
         sys.exit(_failed("interrupted; the same command goes on from the last checkpoint", status=130))
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        sys.exit(_failed(f"out of memory: {error}; lower --batch_size or --validation_images, or use --device cpu"))
     except OSError as error:
         place, reason = error.filename or "a file of the run", error.strerror or str(error)
         remedy = "free some space" if error.errno in _FULL else "choose another path (--output, --data_dir, --weights)"
@@ -90,7 +92,7 @@ def open_run(experiment: Experiment) -> None:
     }
     done = [stage for stage, parts in made.items() if any((folder / part).exists() for part in parts)]
     _refuse_differences(experiment, done)
-    save_config(experiment)
+    save_config(experiment, begun=bool(done))
     _record_environment(folder / "environment.json", environment(experiment.seed))
 
 
@@ -169,6 +171,7 @@ def select_device(name: str) -> torch.device:
     Raises:
         UserError: for an unknown name, or a GPU that is not there.
     """
+    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32: scores are compared to half a point
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, _, index = name.partition(":")

@@ -53,14 +53,14 @@ class ProgressLine:
     def __exit__(self, *error: object) -> None:
         self._bar.stop()
 
-    def advance(self, status: str) -> None:
-        """One step more; `status` says how it stands."""
+    def advance(self, status: str, seconds: float | None = None) -> None:
+        """One step more; `status` says how it stands, `seconds` what a step takes where that is known better."""
         self._done += 1
         self._bar.update(self._task, advance=1, description=f"{self._title} {status}")
         share, steps = max(1, self._total // _LINES), self._done - self._first
         if not console.is_terminal and (steps in (1, 10) or self._done % share == 0 or self._done == self._total):
             spent = time.monotonic() - self._start
-            left = spent / steps * (self._total - self._done)
+            left = (seconds or spent / steps) * (self._total - self._done)
             console.print(f"{self._title} {self._done}/{self._total} {status}, {left:.0f} s left")
 
 
@@ -80,7 +80,7 @@ def track_training(records: Iterator[EpochRecord], epochs: int, folder: Path, ti
             table = io.StringIO()
             csv.writer(table).writerows([EpochRecord._fields, *seen])
             write_atomically(folder / "epochs.csv", table.getvalue())
-            progress.advance(f"loss {record.train_loss:.3f}{_validation(record)}")
+            progress.advance(f"loss {record.train_loss:.3f}{_validation(record)}", record.seconds)
     return seen
 
 

@@ -328,7 +328,9 @@ def _global_seed(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def _diverged(job: _Job, epoch: int, lr: float, what: str) -> TrainingDiverged:
-    remedy = "lower lr" if job.dtype == torch.float32 else "lower lr or set precision to fp32"
+    remedy = "lower the learning rate (--pretrain_lr, --finetune_lr)"
+    if job.dtype != torch.float32:
+        remedy += " or use --precision fp32"
     return TrainingDiverged(
         f"training diverged in epoch {epoch} at learning rate {lr:.3g} (lr={job.recipe.lr:g}): {what}; {remedy}. "
         f"Nothing of epoch {epoch} was saved"
@@ -344,7 +346,7 @@ def _check_settings(folder: Path, saved: dict[str, Any], wanted: dict[str, Any])
     if differing:
         raise UserError(
             f"the checkpoint in {folder} was made with other settings: {', '.join(differing)}; "
-            "set them back to resume, or choose another folder to start anew"
+            "set them back to resume, or delete that folder to start anew"
         )
 
 
@@ -358,5 +360,5 @@ def _check_shapes(folder: Path, saved: dict[str, Tensor], wanted: dict[str, Tens
     if differing:
         raise UserError(
             f"the checkpoint in {folder} is of another model: {', '.join(differing[:8])}"
-            f"{f' and {len(differing) - 8} more' if len(differing) > 8 else ''}; choose another folder to start anew"
+            f"{f' and {len(differing) - 8} more' if len(differing) > 8 else ''}; delete that folder to start anew"
         )

@@ -26,6 +26,15 @@ else
     exit 2
 fi
 
+for word in "$@"; do
+    case $word in
+        --epochs | --epochs=* | --ask | --ask=*)
+            echo "error: ${word%%=*} belongs to one command; here use --pretrain_epochs or --finetune_epochs, or call that command" >&2
+            exit 2
+            ;;
+    esac
+done
+
 python pretrain.py --config "$config" "$@"
 python search.py --config "$config" "$@"
 python export.py --config "$config" "$@"

@@ -9,8 +9,7 @@ elif [ -n "${CONDA_PREFIX:-}" ] && [ "${CONDA_DEFAULT_ENV:-base}" != base ]; the
     environment=$CONDA_PREFIX
 else
     environment=$PWD/.venv
-    if ! "$environment/bin/python" -m pip --version >/dev/null 2>&1; then # none yet, or one that was broken off
-        rm -rf "$environment"
+    if ! "$environment/bin/python" -m pip --version >/dev/null 2>&1; then # none yet, or one without pip
         base=
         for candidate in python3 python3.13 python3.12 python3.11 python3.10; do
             if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
@@ -24,7 +23,6 @@ else
         fi
         echo "making $environment with $($base --version)"
         if ! "$base" -m venv "$environment"; then
-            rm -rf "$environment"
             echo "error: $base -m venv failed; on Debian and Ubuntu install the package python3-venv" >&2
             exit 2
         fi

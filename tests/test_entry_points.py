@@ -4,10 +4,13 @@ import csv
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import Protocol
 
@@ -227,6 +230,7 @@ def test_a_method_and_a_search_do_not_share_a_folder(call: Call, finished: Path)
         ("search", ["--output=x", "--seed=99999999999"], ["seed must be at most 4294967295"]),
         ("search", ["--output=x", "--targets", "0.5", "0.501"], ["targets must lie at least 0.01 apart"]),
         ("search", ["--output=x", "--episodes=2"], ["episodes must be at least one a target (3), but got 2"]),
+        ("search", ["--output=x", "--episodes=20"], ["warmup_episodes must be below episodes (20)", "got 100"]),
         ("search", ["--output=x", "--episode=5"], ["--episode=5"]),
         ("search", ["--config=nowhere.yaml"], ["nowhere.yaml"]),
         ("pretrain", ["--output=LICENSE"], ["LICENSE is a file"]),
@@ -257,6 +261,33 @@ def test_bad_config_files_end_in_one_message(call: Call, tmp_path: Path, text: s
     error = call("search", f"--config={tmp_path / 'mine.yaml'}", "--output", tmp_path / "run", status=2)
     assert all(word in error for word in words), error
     assert not (tmp_path / "run").exists()
+
+
+def test_other_images_than_the_dense_model_was_made_with_are_refused(
+    call: Call, finished: Path, tmp_path: Path
+) -> None:
+    result = json.loads((finished / "dense" / "result.json").read_text())
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    (copy / "dense" / "result.json").write_text(json.dumps({**result, "split_sha256": "0" * 64}))
+    shutil.rmtree(copy / "export")
+    assert "are not those that" in call("export", copy, status=2)
+    other_split = tmp_path / "other"
+    call("pretrain", *TINY, f"--weights={finished}", "--seed=1", "--output", other_split)
+    assert json.loads((other_split / "dense" / "result.json").read_text())["validation_unseen"] is False
+
+
+def test_a_missing_policy_or_export_is_named(call: Call, finished: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    shutil.rmtree(copy / "export" / "macs-0.50")
+    assert "not exported yet: macs-0.50" in call("finetune", copy, status=2)
+    (copy / "policies" / "macs-0.70.json").unlink()
+    assert "no policy yet for macs-0.70" in call("export", copy, status=2)
+    call("search", *TINY, "--output", copy)
+    assert (copy / "policies" / "macs-0.70.json").read_bytes() == (
+        finished / "policies" / "macs-0.70.json"
+    ).read_bytes()
 
 
 def test_settings_of_the_run_hold_wherever_its_name_stands(call: Call, finished: Path) -> None:
@@ -309,10 +340,16 @@ def test_a_full_disk_ends_in_one_message_and_leaves_no_torn_file(finished: Path,
     assert not (folder / "search" / "checkpoint" / "checkpoint.safetensors").exists()
 
 
-def test_offline_cifar10_says_what_is_missing(call: Call, tmp_path: Path) -> None:
-    error = call("pretrain", "--config=configs/cifar10_resnet56.yaml", "--data_dir", tmp_path / "data", "--output",
-                tmp_path / "run", status=2)  # fmt: skip
-    assert "cifar-10" in error and str(tmp_path / "data") in error and "digits" in error
+def test_offline_cifar10_says_all_that_is_missing(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*arguments: object, **options: object) -> None:
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(urllib.request, "urlopen", unreachable)
+    config, data = "--config=configs/cifar10_resnet56.yaml", tmp_path / "data"
+    error = call("pretrain", config, "--data_dir", data, "--output", tmp_path / "run", status=2)
+    assert str(data / "cifar-10-batches-py") in error
+    assert str(data / "weights" / "resnet56-4bfd9763.th") in error
+    assert "digits" in error
 
 
 def test_a_diverged_training_names_the_epoch(call: Call, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from conftest import Net, policy_counts, random_policy, resnet20
 from torch import nn
 
 from cacp.cost import CostModel
+from cacp.evaluation import device_of
 from cacp.exporting import Architecture, load_architecture, load_pruned, measure_latency, save_pruned
 from cacp.graph import trace
 from cacp.schema import Normalisation, UserError
@@ -21,7 +22,7 @@ CLASSES = tuple("abcdefghij")
 
 def exported(folder: Path, model: nn.Module, scope: str, name: str = "resnet20", seed: int = 0) -> nn.Module:
     """Slice at random, save, and return the sliced model."""
-    groups = trace(model, torch.zeros(1, 3, 16, 16), scope)
+    groups = trace(model, torch.zeros(1, 3, 16, 16, device=device_of(model)), scope)
     policy, cost_model = random_policy(groups, seed), CostModel(groups)
     sliced = slice_model(model, groups, policy).eval()
     architecture = Architecture(
@@ -129,3 +130,11 @@ def test_latency_is_measured_for_every_model() -> None:
     assert all(latency.spread_ms >= 0 for latency in latencies)
     assert 0 < latencies[0].median_ms < latencies[1].median_ms
     assert not large.training
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scope", ["inner", "all"])
+def test_a_model_sliced_on_the_gpu_is_the_one_that_is_loaded(tmp_path: Path, scope: str) -> None:
+    model = resnet20().cuda()
+    exported(tmp_path, model, scope)
+    assert {tensor.device.type for tensor in load_pruned(tmp_path).state_dict().values()} == {"cpu"}

@@ -23,6 +23,10 @@ def test_own_network_example_runs() -> None:
     assert len(groups.prunable) == 2  # type: ignore[attr-defined]
 
 
+def test_no_placeholder_is_left() -> None:
+    assert not re.findall(r"^[A-Z_]{4,}$", README, re.MULTILINE)
+
+
 def test_the_tree_names_files_that_exist_and_all_of_them() -> None:
     tree = README.partition("## The tree is the pipeline")[2].split("```")[1].strip("\n")
     named: set[str] = set()

@@ -2,7 +2,7 @@
 
 from cacp.data.images import ImageData
 from cacp.data.sources import DATASETS, load_dataset
-from cacp.data.splits import Splits, make_splits
+from cacp.data.splits import Splits, fingerprint, make_splits
 from cacp.data.transforms import augment, channel_statistics, normalise
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "Splits",
     "augment",
     "channel_statistics",
+    "fingerprint",
     "load_dataset",
     "make_splits",
     "normalise",

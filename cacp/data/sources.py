@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.client import HTTPException
 from pathlib import Path
 from typing import Literal, overload
 
@@ -95,7 +96,7 @@ def _load_cifar(name: str, split: str, data_dir: Path) -> ImageData:
     try:
         with _socket_timeout(DOWNLOAD_TIMEOUT_S):
             source = dataset(str(data_dir), train=split == "train", download=True)
-    except (OSError, RuntimeError, EOFError) as error:
+    except (OSError, RuntimeError, EOFError, HTTPException) as error:
         raise UserError(
             f"dataset {name} must lie in data_dir or be downloadable, but {data_dir / dataset.base_folder} is missing "
             f"or incomplete and {dataset.url} could not be fetched ({error}); put the folder {dataset.base_folder} or "

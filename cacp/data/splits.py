@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,16 @@ class Splits:
     validation: ImageData
     holdout: ImageData
     calibration: ImageData
+
+
+def fingerprint(splits: Splits) -> str:
+    """SHA-256 of the validation and holdout images and of the training labels: equal for equal splits of equal data."""
+    digest = hashlib.sha256(splits.train.labels.numpy().tobytes())
+    for part in (splits.validation, splits.holdout):
+        digest.update(part.labels.numpy().tobytes())
+        for indices in torch.arange(len(part)).split(512):
+            digest.update(part.batch(indices).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def make_splits(
