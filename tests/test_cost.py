@@ -118,3 +118,19 @@ def test_closed_form_equals_what_is_counted_on_the_sliced_model(
         policy = random_policy(groups, seed)
         sliced = slice_model(model, groups, policy)
         assert cost_model.cost(policy_counts(groups, policy)) == counted_cost(sliced, (3, size, size))
+
+
+def test_layers_that_tracing_does_not_know_are_counted_whole() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.ConvTranspose2d(8, 8, 2, stride=2),
+        nn.Conv2d(8, 6, 3, padding=1),
+        nn.Conv2d(6, 4, 1),
+    ).eval()
+    groups = trace(model, torch.zeros(1, 3, 8, 8))
+    assert groups.unknown == ("ConvTranspose2d at 2",)
+    assert groups.fixed_macs == 8 * 8 * 8 * 8 * 2 * 2  # pixels of the input, channels in and out, kernel
+    cost_model = CostModel(groups)
+    assert cost_model.dense == counted_cost(model, (3, 8, 8))
+    assert [group.name for group in groups.prunable] == ["3"]

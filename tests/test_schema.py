@@ -25,6 +25,7 @@ GROUPS = ChannelGroups(
     ),
     axes=(),
     layers=(),
+    fixed_macs=0,
     fixed_params=0,
     unknown=("cumsum at node cumsum",),
 )
