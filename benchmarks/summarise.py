@@ -32,7 +32,7 @@ def main() -> None:
         "runs": {run.name: summarised(run, test) for run in arguments.runs},
         "environment": environment(settings["seed"]),
     }
-    save_json(arguments.output, summary)
+    save_json(arguments.output, portable(summary))
     for name, run in summary["runs"].items():
         for budget, row in run["policies"].items():
             print(
@@ -49,6 +49,15 @@ def summarised(run: Path, test: ImageData) -> dict[str, Any]:
         "environment": load_json(run / "environment.json"),
         "policies": {folder.name: policy_row(run, folder.name, test) for folder in sorted((run / "export").iterdir())},
     }
+
+
+def portable(value: Any) -> Any:
+    """The same data with absolute paths cut to their last part: results are read on other machines."""
+    if isinstance(value, dict):
+        return {key: portable(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [portable(item) for item in value]
+    return Path(value).name if isinstance(value, str) and value.startswith("/") else value
 
 
 def search_seconds(episodes: Path) -> float | None:
