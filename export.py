@@ -113,7 +113,7 @@ def check_parity(sliced: nn.Module, loaded: nn.Module, bench: Workbench) -> None
         UserError: if it does.
     """
     images = torch.rand(8, *bench.dense.image_shape, generator=torch.Generator().manual_seed(0))
-    images = images.to(next(sliced.parameters()).device)
+    images = images.to(device_of(sliced))
     with torch.inference_mode():
         if not torch.equal(sliced(images), loaded(images)):
             raise UserError("the exported model, loaded again, gives other outputs; report this with the policy file")

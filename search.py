@@ -190,13 +190,22 @@ def best_record(experiment: Experiment, ranked: Ranked, history: History, budget
         )
     winner = max(candidates, key=lambda row: (ranked.rescore(row.counts).top1, -ranked.rescore(row.counts).loss))
     cost = ranked.bench.cost_model.cost(winner.counts)
+    return scored_again(
+        experiment, ranked, budget, winner.counts, Score(winner.top1, winner.loss, cost), winner.episode
+    )
+
+
+def scored_again(
+    experiment: Experiment, ranked: Ranked, budget: Budget, counts: tuple[int, ...], search_score: Score, episode: int
+) -> PolicyRecord:
+    """The record of a policy, with its score on the images that did not choose it."""
     return PolicyRecord(
-        policy=ranked.policy(winner.counts),
+        policy=ranked.policy(counts),
         budget=budget,
-        score=ranked.rescore(winner.counts),
-        search_score=Score(winner.top1, winner.loss, cost),
+        score=ranked.rescore(counts),
+        search_score=search_score,
         method=method_name(experiment),
-        episode=winner.episode,
+        episode=episode,
         scope=experiment.scope,
     )
 
@@ -227,18 +236,8 @@ def ask(experiment: Experiment, target: float) -> None:
         while "result" not in info:
             observation, _, _, _, info = env.step(agent.act(observation))
         result: EpisodeResult = info["result"]
-        save_policy(
-            experiment.folder,
-            PolicyRecord(
-                policy=ranked.policy(result.counts),
-                budget=budget,
-                score=ranked.rescore(result.counts),
-                search_score=result.score,
-                method=method_name(experiment),
-                episode=0,
-                scope=experiment.scope,
-            ),
-        )
+        record = scored_again(experiment, ranked, budget, result.counts, result.score, episode=0)
+        save_policy(experiment.folder, record)
     show_policies(experiment.folder, [budget.name])
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from cacp.checkpoint import load_json, save_json, save_tensors, sha256
 from cacp.config import Experiment
 from cacp.data import Splits, fingerprint
-from cacp.evaluation import evaluate_data
+from cacp.evaluation import device_of, evaluate_data
 from cacp.models import build_model
 from cacp.models.weights import PUBLISHED, fetch_published, load_weights
 from cacp.schema import Normalisation, UserError
@@ -34,7 +34,7 @@ class DenseModel:
     @property
     def example(self) -> Tensor:
         """A zero image (1, C, H, W), for tracing."""
-        return torch.zeros(1, *self.image_shape, device=next(self.model.parameters()).device)
+        return torch.zeros(1, *self.image_shape, device=device_of(self.model))
 
 
 class _Weights(NamedTuple):

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from cacp.checkpoint import load_json, save_json, save_tensors
+from cacp.evaluation import device_of
 from cacp.graph import trace
 from cacp.models import build_model
 from cacp.models.weights import load_weights
@@ -161,7 +162,7 @@ def measure_latency(
         batch: images a batch.
         repeats: timed forward passes of each model, after five that are not timed.
     """
-    device = next(models[0].parameters()).device
+    device = device_of(models[0])
     images = torch.zeros(batch, *input_shape, device=device)
     times_ms: list[list[float]] = [[] for _ in models]
     for model in models:

@@ -27,7 +27,7 @@ from cacp.config import IDENTITY, POLICY, TRAINING, Experiment, differences, sav
 from cacp.cost import CostModel
 from cacp.data import ImageData, Splits, load_dataset, make_splits, normalise
 from cacp.dense import DenseModel, checked_top1, import_weights, load_dense, published_weights
-from cacp.evaluation import resolve_precision
+from cacp.evaluation import device_of, resolve_precision
 from cacp.graph import trace
 from cacp.history import target_budgets
 from cacp.importance import channel_importance
@@ -264,7 +264,7 @@ class Workbench:
 
 
 def _labelled_batches(data: ImageData, dense: DenseModel) -> list[tuple[Tensor, Tensor]]:
-    device = next(dense.model.parameters()).device
+    device = device_of(dense.model)
     return [
         (normalise(data.batch(indices), dense.normalisation, device), data.labels[indices].to(device))
         for indices in torch.arange(len(data)).split(CALIBRATION_BATCH)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cacp.cost import CostModel
 from cacp.data import ImageData, normalise
-from cacp.evaluation import Evaluation, evaluate, recalibrate_batchnorm
+from cacp.evaluation import Evaluation, device_of, evaluate, recalibrate_batchnorm
 from cacp.schema import ChannelGroups, Normalisation, Policy, Score
 from cacp.slicing import slice_model
 
@@ -43,7 +43,7 @@ class PolicyScorer:
         self._groups = groups
         self._cost_model = CostModel(groups)
         self._precision = precision
-        self._device = next(model.parameters()).device
+        self._device = device_of(model)
         self._images = _prepared(validation, normalisation, self._device)  # (V, C, H, W)
         self._labels = validation.labels.to(self._device)  # (V,)
         self._calibration = _prepared(calibration, normalisation, self._device)

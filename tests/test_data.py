@@ -3,7 +3,6 @@
 import hashlib
 import pickle
 import urllib.error
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +25,6 @@ from cacp.data import (
     normalise,
 )
 from cacp.schema import Normalisation, UserError
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tiny tensors: a second thread only waits, for long where the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def _numbered(count: int, classes: int = 5) -> ImageData:

@@ -2,7 +2,6 @@
 
 import hashlib
 import urllib.error
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,15 +15,6 @@ from cacp.models import MODEL_NAMES, build_model, weights
 from cacp.models.resnet import BasicBlock, ChannelPadShortcut, ResNet
 from cacp.models.weights import PUBLISHED, fetch_published, load_weights
 from cacp.schema import Normalisation, UserError
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tiny tensors: a second thread only waits, for long where the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def _textbook_cost(depth: int, size: int, classes: int) -> tuple[int, int]:

@@ -20,11 +20,6 @@ NORMALISATION = Normalisation((0.5,), (0.25,))
 RECIPE = Recipe(epochs=5, lr=0.05, batch_size=32, padding=1, flip=False, precision="fp32")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def without_times(records: list[EpochRecord]) -> list[EpochRecord]:
     return [record._replace(seconds=0.0, images_per_second=0.0) for record in records]
 
