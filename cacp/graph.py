@@ -64,7 +64,7 @@ def trace(model: nn.Module, example: Tensor, scope: str = "inner") -> ChannelGro
     """
     if scope not in SCOPES:
         raise UserError(f"scope must be one of {', '.join(SCOPES)}, but got {scope!r}")
-    graph_module = _traced(model, example)
+    graph_module = traced(model, example)
     propagation = _Propagation(graph_module, counted_cost(model, example.shape[1:]))
     for node in graph_module.graph.nodes:
         propagation.visit(node)
@@ -76,8 +76,12 @@ class _LeafTracer(fx.Tracer):
         return isinstance(module, ChannelPadShortcut) or super().is_leaf_module(module, qualified_name)
 
 
-def _traced(model: nn.Module, example: Tensor) -> fx.GraphModule:
-    """The graph of a copy in eval mode, every node with the shape of its tensor."""
+def traced(model: nn.Module, example: Tensor) -> fx.GraphModule:
+    """The graph of a copy in eval mode, every node with the shape of its tensor in `meta["tensor_meta"]`.
+
+    Raises:
+        UserError: for a model whose forward cannot be traced.
+    """
     model = copy.deepcopy(model).eval()
     try:
         graph_module = fx.GraphModule(model, _LeafTracer().trace(model))

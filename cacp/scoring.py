@@ -1,21 +1,36 @@
 """policy -> Score: slice the model, recalibrate batch norm on training images, evaluate on validation images.
 
 Recalibration before evaluation is what makes the score of an untuned policy mean something (EagleEye, ECCV 2020).
+`PolicyScorer.sliced` and `evaluate` say in plain PyTorch what a score is; scoring itself runs the same on a
+`FusedNetwork`, a batch a thread.
 """
 
 from __future__ import annotations
 
+import math
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cacp.cost import CostModel
 from cacp.data import ImageData, normalise
 from cacp.evaluation import Evaluation, device_of, evaluate, recalibrate_batchnorm
-from cacp.schema import ChannelGroups, Normalisation, Policy, Score
+from cacp.fusion import FusedNetwork
+from cacp.profiling import Profile
+from cacp.schema import ChannelGroups, Cost, Normalisation, Policy, Score
 from cacp.slicing import slice_model
 
 CALIBRATION_BATCH = 128  # images whose statistics are averaged; large enough for a stable variance
 EVALUATION_BATCH = 125  # images; fits the caches of a CPU core
+GPU_EVALUATION_BATCH = 2500  # images; few launches
+
+Batch = TypeVar("Batch")
+Result = TypeVar("Result")
 
 
 class PolicyScorer:
@@ -27,7 +42,8 @@ class PolicyScorer:
         validation: images that the score is measured on.
         calibration: training images for batch-norm statistics.
         normalisation: that the weights expect.
-        precision: of the convolutions while scoring; batch norm and loss stay in fp32.
+        precision: of the convolutions while scoring; batch-norm statistics and loss stay in fp32.
+        profile: gets the seconds of slicing, recalibration and evaluation.
     """
 
     def __init__(
@@ -38,24 +54,50 @@ class PolicyScorer:
         calibration: ImageData,
         normalisation: Normalisation,
         precision: torch.dtype = torch.float32,
+        profile: Profile | None = None,
     ) -> None:
         self._model = model.eval()
         self._groups = groups
         self._cost_model = CostModel(groups)
         self._precision = precision
+        self._profile = profile or Profile()
         self._device = device_of(model)
-        self._images = _prepared(validation, normalisation, self._device)  # (V, C, H, W)
         self._labels = validation.labels.to(self._device)  # (V,)
-        self._calibration = _prepared(calibration, normalisation, self._device)
+        self._images = _prepared(validation, normalisation, self._device, precision)  # (V, C, H, W)
+        self._calibration = _prepared(calibration, normalisation, self._device, precision)
+        self._calibration_batches = self._calibration.tensor_split(math.ceil(len(calibration) / CALIBRATION_BATCH))
+        self._threads = _Threads(self._device, len(self._calibration_batches))
+        batch = GPU_EVALUATION_BATCH if self._device.type == "cuda" else EVALUATION_BATCH
+        count = self._threads.count * math.ceil(len(validation) / (batch * self._threads.count))
+        images, labels = self._images.tensor_split(count), self._labels.tensor_split(count)
+        self._evaluation_batches = list(zip(images, labels, strict=True))
+        self._network = FusedNetwork(model, self._images[:1].float(), precision)
         self._scores: dict[tuple[tuple[int, ...], ...], Score] = {}
 
     def __call__(self, policy: Policy) -> Score:
         key = tuple(tuple(policy.keep[group.name]) for group in self._groups.prunable)
         if key not in self._scores:
-            cost = self._cost_model.cost([len(indices) for indices in key])
-            evaluation = self.evaluate(self.sliced(policy))
-            self._scores[key] = Score(evaluation.top1, evaluation.loss, cost)
+            self._scores[key] = self._score(policy, self._cost_model.cost([len(indices) for indices in key]))
         return self._scores[key]
+
+    def _score(self, policy: Policy, cost: Cost) -> Score:
+        with self._profile.phase("slicing"):
+            self._network.load(slice_model(self._model, self._groups, policy))
+        with self._profile.phase("recalibration"):
+            moments = self._threads.map(self._network.moments, self._calibration_batches)
+            self._network.set_statistics(moments)
+        with self._profile.phase("evaluation"):
+            sums = torch.stack(self._threads.map(self._judged, self._evaluation_batches)).sum(0)
+            correct, nats = (sums / len(self._labels)).tolist()
+        return Score(correct, nats, cost)
+
+    @torch.inference_mode()
+    def _judged(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Correct answers and summed loss of a batch: (2,) float64."""
+        images, labels = batch
+        logits = self._network(images).float()  # (B, classes)
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        return torch.stack([(logits.argmax(1) == labels).sum().double(), loss.double()])
 
     def sliced(self, policy: Policy) -> nn.Module:
         """The pruned model in eval mode, batch norm recalibrated."""
@@ -73,7 +115,35 @@ class PolicyScorer:
         return torch.autocast(self._device.type, self._precision, enabled=self._precision != torch.float32)
 
 
-def _prepared(data: ImageData, normalisation: Normalisation, device: torch.device) -> Tensor:
-    """All images of a set, normalised: (N, C, H, W) float32, channels last in memory."""
+def _prepared(data: ImageData, normalisation: Normalisation, device: torch.device, precision: torch.dtype) -> Tensor:
+    """All images of a set, normalised: (N, C, H, W), channels last in memory."""
     images = normalise(data.batch(torch.arange(len(data))), normalisation, device)
-    return images.contiguous(memory_format=torch.channels_last)
+    return images.to(precision, memory_format=torch.channels_last)
+
+
+class _Threads:
+    """Maps a function over batches, a batch a thread, with an equal share of the CPU's cores for each.
+
+    Layers of a pruned CNN are too small to divide: with the cores in one layer after another, all wait for the last
+    one after every layer, and for Python in between. On a GPU, whose work is one queue, the caller's thread does it.
+
+    Args:
+        device: that the function works on.
+        batches: how many there are at least; no more threads than these.
+    """
+
+    def __init__(self, device: torch.device, batches: int) -> None:
+        cores = torch.get_num_threads() if device.type == "cpu" else 1
+        self.count = min(cores, batches)
+        self._pool: ThreadPoolExecutor | None = None
+        if self.count > 1:
+            self._pool = ThreadPoolExecutor(self.count, "batch", torch.set_num_threads, (cores // self.count,))
+            started = threading.Barrier(self.count + 1)
+            for _ in range(self.count):
+                self._pool.submit(started.wait)
+            started.wait()
+            torch.set_num_threads(cores)  # a thread's number is also the default of threads to come
+
+    def map(self, function: Callable[[Batch], Result], batches: Iterable[Batch]) -> list[Result]:
+        """The results, in the order of the batches."""
+        return list(map(function, batches) if self._pool is None else self._pool.map(function, batches))
