@@ -10,6 +10,9 @@ best policy of every target. Run again, it goes on from the last checkpoint, or 
 import sys
 import time
 
+import torch
+from stable_baselines3.common.logger import Logger
+
 from agents import ConditionalDDPG, EpisodeEnd, RandomSearch, Searcher
 from cacp.budget import check_reachable, even_ratio, reachable_fractions, uniform_counts
 from cacp.checkpoint import load_state, load_tensors, save_state, save_tensors
@@ -25,6 +28,7 @@ from cacp.pipeline import (
     select_device,
 )
 from cacp.policies import missing_policies, save_policy
+from cacp.profiling import Profile
 from cacp.reporting import (
     ProgressLine,
     console,
@@ -34,6 +38,7 @@ from cacp.reporting import (
     percent,
     search_logger,
     show_policies,
+    show_profile,
     table,
 )
 from cacp.reward import top1_reward
@@ -49,16 +54,21 @@ RESCORED = 10  # best policies of a target that are scored again: maxima over no
 def main() -> None:
     namespace = parse("search", "Search pruning policies for all targets in one run.", sys.argv[1:])
     experiment = experiment_from(namespace)
-    select_device(experiment.device)  # refuse before anything is written
+    device = select_device(experiment.device)  # refuse before anything is written
     if namespace.ask is not None:
         ask(experiment, namespace.ask)
         return
     open_run(experiment)
     budgets = target_budgets(experiment.targets)
     names = [budget.name for budget in budgets]
+    profile = make_profile(device)
     if missing_policies(experiment.folder, names, method_name(experiment)):
-        search(experiment, Ranked(build_workbench(experiment), experiment.criterion), budgets)
+        with profile.phase("preparation"):
+            ranked = Ranked(build_workbench(experiment, profile), experiment.criterion)
+        search(experiment, ranked, budgets, profile)
     show_policies(experiment.folder, names)
+    if namespace.profile:
+        show_profile(profile)
 
 
 class Ranked:
@@ -79,7 +89,12 @@ class Ranked:
         return self.bench.rescorer(self.policy(counts))
 
 
-def search(experiment: Experiment, ranked: Ranked, budgets: list[Budget]) -> None:
+def make_profile(device: torch.device) -> Profile:
+    """A profile that waits for the GPU: three times an episode, next to thousands of launches."""
+    return Profile(lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else Profile()
+
+
+def search(experiment: Experiment, ranked: Ranked, budgets: list[Budget], profile: Profile) -> None:
     """Play the episodes, then write the best policy of every target."""
     bench, folder = ranked.bench, experiment.folder / "search"
     console.print(f"dense {experiment.model}: {percent(bench.dense.validation_top1)} % top-1 on the validation images")
@@ -94,10 +109,12 @@ def search(experiment: Experiment, ranked: Ranked, budgets: list[Budget]) -> Non
         env.episodes_started = finished
         console.print(f"going on after episode {finished} of {experiment.episodes}")
     history = History(folder / "episodes.csv", bench.cost_model.dense, budgets, finished)
-    play(experiment, bench, env, agent, history, budgets)
-    save_tensors(folder / "agent" / "networks.safetensors", agent.policy_state())
-    for budget in budgets:
-        save_policy(experiment.folder, best_record(experiment, ranked, history, budget))
+    with profile.phase("environment and actions"):
+        play(experiment, bench, env, agent, history, profile)
+    with profile.phase("scoring again"):
+        save_tensors(folder / "agent" / "networks.safetensors", agent.policy_state())
+        for budget in budgets:
+            save_policy(experiment.folder, best_record(experiment, ranked, history, budget))
 
 
 def method_name(experiment: Experiment) -> str:
@@ -122,42 +139,69 @@ def play(
     env: ChannelPruningEnv,
     agent: Searcher,
     history: History,
-    budgets: list[Budget],
+    profile: Profile,
 ) -> None:
-    """The episodes that are left, each logged; a checkpoint every few."""
-    folder, names, channels = experiment.folder / "search", bench.cost_model.names, bench.cost_model.channels
-    finished, clock = len(history.episodes), time.monotonic()
-    logger = search_logger(folder, finished + 1)
+    """The episodes that are left, each written down."""
+    finished = len(history.episodes)
+    logger = search_logger(experiment.folder / "search", finished + 1)
     agent.set_logger(logger)
-    shown: dict[str, tuple[int, ...]] = {}
     with ProgressLine("search", experiment.episodes, finished) as progress:
-
-        def on_episode(end: EpisodeEnd) -> None:
-            nonlocal clock
-            now = time.monotonic()
-            episode = finished_episode(end, now - clock)
-            clock = now
-            history.append(episode)
-            leader = history.leaders.get(Budget({"macs": episode.target}).name, episode)
-            log_episode(logger, episode, names, channels.tolist(), leader.top1)
-            last = end.episode == experiment.episodes
-            if last or end.episode % CHECKPOINT_EPISODES == 0:
-                for budget in budgets:
-                    best = history.leaders.get(budget.name)
-                    if best and shown.get(budget.name) != best.counts:
-                        shown[budget.name] = best.counts
-                        log_best_policy(logger, bench.groups, budget, best)
-            logger.dump(end.episode)  # before the checkpoint: a resumed search drops what comes after it
-            if last or end.episode % CHECKPOINT_EPISODES == 0:
-                tensors, data = agent.state()
-                save_state(folder / "checkpoint", tensors, {"episode": end.episode, "agent": data})
-            bests = (f"{name} {100 * row.top1:.1f} %" for name, row in history.leaders.items())
-            progress.advance("best " + ", ".join(bests))
-
+        records = Records(experiment, bench, agent, history, logger, progress, profile)
         try:
-            agent.run(experiment.episodes - finished, on_episode)
+            agent.run(experiment.episodes - finished, records.add)
         finally:
             logger.close()
+
+
+class Records:
+    """What is written down of every episode: episodes.csv, TensorBoard, the progress line; a checkpoint every few."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        bench: Workbench,
+        agent: Searcher,
+        history: History,
+        logger: Logger,
+        progress: ProgressLine,
+        profile: Profile,
+    ) -> None:
+        self._experiment = experiment
+        self._bench = bench
+        self._agent = agent
+        self._history = history
+        self._logger = logger
+        self._progress = progress
+        self._profile = profile
+        self._clock = time.monotonic()
+        self._shown: dict[str, tuple[int, ...]] = {}  # best policies whose figure is in TensorBoard
+
+    def add(self, end: EpisodeEnd) -> None:
+        """Take a finished episode, its updates included."""
+        self._profile.move("agent's updates", end.update_seconds)
+        with self._profile.phase("records"):
+            now = time.monotonic()
+            episode = finished_episode(end, now - self._clock)
+            self._clock = now
+            self._history.append(episode)
+            checkpoint = end.episode == self._experiment.episodes or end.episode % CHECKPOINT_EPISODES == 0
+            self._log(episode, figures=checkpoint)  # before the checkpoint: a resumed search drops what comes after it
+            if checkpoint:
+                tensors, data = self._agent.state()
+                folder = self._experiment.folder / "search" / "checkpoint"
+                save_state(folder, tensors, {"episode": end.episode, "agent": data})
+            bests = (f"{name} {100 * row.top1:.1f} %" for name, row in self._history.leaders.items())
+            self._progress.advance("best " + ", ".join(bests))
+
+    def _log(self, episode: Episode, figures: bool) -> None:
+        cost_model, leaders = self._bench.cost_model, self._history.leaders
+        leader = leaders.get(Budget({"macs": episode.target}).name, episode)
+        log_episode(self._logger, episode, cost_model.names, cost_model.channels.tolist(), leader.top1)
+        for name, best in leaders.items() if figures else ():
+            if self._shown.get(name) != best.counts:
+                self._shown[name] = best.counts
+                log_best_policy(self._logger, self._bench.groups, name, best)
+        self._logger.dump(episode.episode)
 
 
 def finished_episode(end: EpisodeEnd, seconds: float) -> Episode:

@@ -38,6 +38,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -115,6 +116,7 @@ class ConditionalDDPG(DDPG):
         self.warmup_episodes = warmup_episodes
         self.noise = noise or NoiseSchedule()
         self.losses = Losses()
+        self._update_seconds = 0.0
         explore, replay = (np.random.default_rng(child) for child in np.random.SeedSequence(seed).spawn(2))
         self.generator = explore
         super().__init__(
@@ -129,7 +131,11 @@ class ConditionalDDPG(DDPG):
             gradient_steps=-1,  # as many as the episode had transitions
             replay_buffer_class=EpisodeReplay,
             replay_buffer_kwargs={"generator": replay, "baseline": TargetBaseline(baseline_rate)},
-            policy_kwargs={"net_arch": [300, 300], "features_extractor_class": Spread},
+            policy_kwargs={
+                "net_arch": [300, 300],
+                "features_extractor_class": Spread,
+                "optimizer_kwargs": {"fused": True},
+            },
             seed=seed,
             device=device,
         )
@@ -156,10 +162,12 @@ class ConditionalDDPG(DDPG):
         """Play `episodes` more episodes, learn after each, and call `on_episode` after that."""
         outcome = _Outcome()
         for _ in range(episodes):
-            sigma = self.sigma
+            sigma, self._update_seconds = self.sigma, 0.0
             self.logger.record("agent/noise", sigma)
             self.learn(1, callback=outcome, log_interval=sys.maxsize, reset_num_timesteps=False)
-            on_episode(EpisodeEnd(self._episode_num, outcome.reward, sigma, *self.losses, outcome.info))
+            on_episode(
+                EpisodeEnd(self._episode_num, outcome.reward, sigma, *self.losses, outcome.info, self._update_seconds)
+            )
 
     def _sample_action(
         self, learning_starts: int, action_noise: Any = None, n_envs: int = 1
@@ -183,30 +191,34 @@ class ConditionalDDPG(DDPG):
         """Update critic and actor `gradient_steps` times; nothing during warm-up."""
         if self._episode_num < self.warmup_episodes:
             return
-        self.policy.set_training_mode(True)
-        sums = np.zeros(2)
-        for _ in range(gradient_steps):
-            # sample; baseline: returns come as advantages over the target's moving mean, in standard deviations
-            batch = self.replay_buffer.sample(batch_size)
+        start = time.perf_counter()
+        # sample; baseline: returns come as advantages over the target's moving mean, in standard deviations
+        drawn = self.replay_buffer.sample(gradient_steps * batch_size)
+        losses = torch.zeros(gradient_steps, 2)
+        for update, batch in enumerate(zip(*(tensor.split(batch_size) for tensor in drawn), strict=True)):
+            observations, actions, advantages = batch
 
             # critic: regression on the returns, no bootstrapping
-            (values,) = self.critic(batch.observations, batch.actions)  # (B, 1)
-            critic_loss = F.mse_loss(values, batch.advantages)
+            (values,) = self.critic(observations, actions)  # (B, 1)
+            critic_loss = F.mse_loss(values, advantages)
             self.critic.optimizer.zero_grad()
             critic_loss.backward()
             self.critic.optimizer.step()
 
             # actor: up the critic's slope
-            actor_loss = -self.critic.q1_forward(batch.observations, self.actor(batch.observations)).mean()
+            self.critic.requires_grad_(False)
+            actor_loss = -self.critic.q1_forward(observations, self.actor(observations)).mean()
             self.actor.optimizer.zero_grad()
             actor_loss.backward()
             self.actor.optimizer.step()
+            self.critic.requires_grad_(True)
 
-            sums += actor_loss.item(), critic_loss.item()
+            losses[update] = torch.stack([actor_loss.detach(), critic_loss.detach()])
 
         # log
         self._n_updates += gradient_steps
-        self.losses = Losses(*(sums / gradient_steps).tolist())
+        self.losses = Losses(*losses.mean(0).tolist())
+        self._update_seconds = time.perf_counter() - start
         self.logger.record("agent/actor_loss", self.losses.actor)
         self.logger.record("agent/critic_loss", self.losses.critic)
         for target, statistics in self.replay_buffer.baseline.statistics.items():

@@ -55,7 +55,7 @@ class RandomSearch:
                 done = terminated or truncated
             self.episodes += 1
             self.logger.record("agent/noise", self.sigma)
-            on_episode(EpisodeEnd(self.episodes, episode_return, self.sigma, None, None, info))
+            on_episode(EpisodeEnd(self.episodes, episode_return, self.sigma, None, None, info, 0.0))
 
     def act(self, observation: np.ndarray, deterministic: bool = True) -> np.ndarray:
         """An action (1,), float32, for an observation (O,): the distribution's mode 0, or a sample."""

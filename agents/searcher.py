@@ -29,6 +29,7 @@ class EpisodeEnd(NamedTuple):
     actor_loss: float | None
     critic_loss: float | None
     info: dict[str, Any]  # of the last step
+    update_seconds: float  # of learning, in all
 
 
 class Searcher(Protocol):

@@ -205,6 +205,7 @@ def _parser(
         parser.add_argument("run", metavar="RUN", nargs="?", help=help_text)
     if command == "search":
         parser.add_argument("--ask", type=float | None, help="after the search: one greedy policy for this macs target")
+        parser.add_argument("--profile", action="store_true", help="print at the end where the time went")
     own = [item for item in dataclasses.fields(Experiment) if item.metadata["stage"] in _COMMAND_STAGES[command]]
     rest = [item for item in dataclasses.fields(Experiment) if item not in own]
     for title, items in ((f"settings of {command}", own), ("settings of the other stages", rest)):

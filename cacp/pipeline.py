@@ -32,6 +32,7 @@ from cacp.graph import trace
 from cacp.history import target_budgets
 from cacp.importance import channel_importance
 from cacp.models import build_model
+from cacp.profiling import Profile
 from cacp.schema import ChannelGroups, UserError
 from cacp.scoring import CALIBRATION_BATCH, PolicyScorer
 from cacp.training import Recipe
@@ -271,8 +272,8 @@ def _labelled_batches(data: ImageData, dense: DenseModel) -> list[tuple[Tensor, 
     ]
 
 
-def build_workbench(experiment: Experiment) -> Workbench:
-    """Load data and dense model, trace, and prepare both scorers."""
+def build_workbench(experiment: Experiment, profile: Profile | None = None) -> Workbench:
+    """Load data and dense model, trace, and prepare both scorers; `profile` watches the one of the search."""
     device = select_device(experiment.device)
     splits = load_inputs(experiment)
     if experiment.weights != "train" and not (experiment.folder / "dense" / "result.json").is_file():
@@ -286,7 +287,7 @@ def build_workbench(experiment: Experiment) -> Workbench:
         dense=dense,
         groups=groups,
         cost_model=CostModel(groups),
-        scorer=PolicyScorer(model, groups, splits.validation, calibration, normalisation, precision),
+        scorer=PolicyScorer(model, groups, splits.validation, calibration, normalisation, precision, profile),
         rescorer=PolicyScorer(model, groups, splits.holdout, calibration, normalisation),
         calibration=calibration,
         seed=experiment.seed,

@@ -22,6 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 from cacp.checkpoint import write_atomically
 from cacp.history import Episode
 from cacp.policies import load_policies
+from cacp.profiling import Profile
 from cacp.schema import Budget, ChannelGroups
 from cacp.training import EpochRecord
 
@@ -113,10 +114,10 @@ def log_episode(logger: Logger, episode: Episode, names: Sequence[str], channels
         logger.record(f"keep {target}/{name}", count / whole)
 
 
-def log_best_policy(logger: Logger, groups: ChannelGroups, budget: Budget, episode: Episode) -> None:
-    """Record the figure of a target's best policy in TensorBoard."""
-    figure = policy_figure(groups, episode.counts, f"{budget.name}: top-1 {100 * episode.top1:.1f} %")
-    logger.record(f"target {budget.name}/best policy", LoggedFigure(figure, close=True), exclude=("stdout", "csv"))
+def log_best_policy(logger: Logger, groups: ChannelGroups, budget: str, episode: Episode) -> None:
+    """Record the figure of the best policy of a budget, by its name, in TensorBoard."""
+    figure = policy_figure(groups, episode.counts, f"{budget}: top-1 {100 * episode.top1:.1f} %")
+    logger.record(f"target {budget}/best policy", LoggedFigure(figure, close=True), exclude=("stdout", "csv"))
 
 
 def policy_figure(groups: ChannelGroups, counts: Sequence[int], title: str) -> Figure:
@@ -161,6 +162,14 @@ def show_policies(folder: Path, names: Sequence[str]) -> None:
     columns = ["policy", "MACs", "params", "searched, %", "scored again, %", "episode"]
     title = f"policies of {folder}: top-1 before fine-tuning on the images of the search, and on as many others"
     console.print(table(title, columns, rows))
+
+
+def show_profile(profile: Profile) -> None:
+    """A table of where the time of a command went, the longest phase first."""
+    total = sum(profile.seconds.values())
+    phases = sorted(profile.seconds.items(), key=lambda item: -item[1])
+    rows = [[name, f"{seconds:.2f}", percent(seconds / total)] for name, seconds in [*phases, ("all", total)]]
+    console.print(table("where the time went", ["phase", "seconds", "%"], rows))
 
 
 def percent(fraction: float) -> str:

@@ -283,9 +283,29 @@ def test_episodes_are_reported_after_their_updates() -> None:
     assert [end.info["result"]["target"] for end in ends] == [0.3, 0.5, 0.7, 0.3, 0.5, 0.7]
     assert [end.reward for end in ends] == pytest.approx([1 - end.info["result"]["regret"] for end in ends])
     assert [end.critic_loss is None for end in ends] == [True, True, True, False, False, False]
+    assert [end.update_seconds > 0 for end in ends] == [False, False, False, True, True, True]
     assert [end.sigma for end in ends] == pytest.approx([agent.noise(n) for n in (-4, -3, -2, -1, 0, 1)])
     assert play(agent, 1)[0].episode == 7  # a second run goes on
     assert env.episodes_started == 8  # the next episode is reset already
+
+
+def test_updates_are_those_of_plain_ddpg() -> None:
+    agent = small_ddpg(ToyEnv(), warmup_episodes=9)
+    play(agent, 5)
+    actor, critic, replay = (copy.deepcopy(part) for part in (agent.actor, agent.critic, agent.replay_buffer))
+    actor_adam, critic_adam = torch.optim.Adam(actor.parameters(), 3e-4), torch.optim.Adam(critic.parameters(), 1e-3)
+    agent.warmup_episodes = 5
+    agent.train(6, batch_size=8)
+    for observations, actions, advantages in zip(*(part.split(8) for part in replay.sample(6 * 8)), strict=True):
+        critic_adam.zero_grad()
+        torch.nn.functional.mse_loss(critic(observations, actions)[0], advantages).backward()
+        critic_adam.step()
+        actor_adam.zero_grad()
+        (-critic.q1_forward(observations, actor(observations)).mean()).backward()
+        actor_adam.step()
+    for ours, plain in ((agent.actor, actor), (agent.critic, critic)):
+        for one, other in zip(ours.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
 def test_warmup_is_random_search_and_later_actions_surround_the_actor() -> None:

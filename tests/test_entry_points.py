@@ -4,6 +4,7 @@ import csv
 import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -194,7 +195,12 @@ def test_prune_writes_policies_that_export_takes(call: Call, finished: Path, tmp
 
 def test_random_search_runs_by_the_same_command(call: Call, finished: Path, tmp_path: Path) -> None:
     folder = tmp_path / "random"
-    call("search", *TINY, f"--weights={finished}", "--agent=random", "--episodes=3", "--output", folder)
+    command = ["search", *TINY, f"--weights={finished}", "--agent=random", "--episodes=3", "--output", folder]
+    shown = call(*command, "--profile")
+    for phase in ("preparation", "slicing", "recalibration", "evaluation", "records", "scoring again"):
+        assert re.search(rf"│ {phase} +│ +\d+\.\d\d │", shown), phase
+    assert float(re.search(r"│ agent's updates +│ +(\S+) │", shown)[1]) == 0  # there is nothing to learn
+    assert "where the time went" not in call(*command)
     record = json.loads((folder / "policies" / "macs-0.70.json").read_text())
     assert record["method"] == "search random"
 
