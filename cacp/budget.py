@@ -54,10 +54,10 @@ def keep_interval(cost_model: CostModel, budget: Budget, chosen: Sequence[int]) 
     group = len(chosen)
     bounds = _bounds(cost_model, budget)
     candidates = np.arange(cost_model.min_keep[group], cost_model.channels[group] + 1)  # (K,)
-    smallest = _completed(chosen, candidates, cost_model.min_keep)
-    largest = _completed(chosen, candidates, cost_model.channels)
-    meets = (cost_model.costs(smallest)[:, bounds.columns] <= bounds.upper).all(axis=1)  # (K,)
-    uses_up = (cost_model.costs(largest)[:, bounds.columns] >= bounds.lower).any(axis=1)  # (K,)
+    completed = [_completed(chosen, candidates, rest) for rest in (cost_model.min_keep, cost_model.channels)]
+    smallest, largest = cost_model.costs(np.stack(completed))[..., bounds.columns]  # (K, T) each
+    meets = (smallest <= bounds.upper).all(axis=1)  # (K,)
+    uses_up = (largest >= bounds.lower).any(axis=1)  # (K,)
     high = int(candidates[meets][-1]) if meets.any() else int(candidates[0])
     feasible = candidates[meets & uses_up]
     low = int(feasible[0]) if len(feasible) else high
