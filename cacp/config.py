@@ -87,6 +87,9 @@ class Experiment:
     )
     criterion: str = _setting("l1", POLICY, f"ranks the channels: one of {', '.join(CRITERIA)}")
     scope: str = _setting("inner", POLICY, "inner (channels inside a block) or all (residual streams too)")
+    search_calibration_images: int = _setting(
+        256, POLICY, "search: at most so many of the calibration images while searching; all of them afterwards"
+    )
     agent: str = _setting("cacp", POLICY, f"search: one of {', '.join(AGENTS)}")
     episodes: int = _setting(900, POLICY, "search: policies to score, all targets together")
     warmup_episodes: int = _setting(100, POLICY, "search: episodes drawn at random before the agent acts")
@@ -139,6 +142,7 @@ def _wrong_numbers(experiment: Experiment) -> list[str]:
     positive = (
         "validation_images",
         "calibration_images",
+        "search_calibration_images",
         "batch_size",
         "pretrain_epochs",
         "episodes",

@@ -254,7 +254,7 @@ class Workbench:
     groups: ChannelGroups
     cost_model: CostModel
     scorer: PolicyScorer  # on the validation images, in the precision of the search
-    rescorer: PolicyScorer  # on the holdout images, fp32
+    rescorer: PolicyScorer  # on the holdout images, fp32, batch norm recalibrated on all calibration images
     calibration: ImageData
     seed: int
 
@@ -283,11 +283,12 @@ def build_workbench(experiment: Experiment, profile: Profile | None = None) -> W
     groups = trace(dense.model, dense.example, experiment.scope)
     precision = resolve_precision(experiment.precision, device)
     model, calibration, normalisation = dense.model, splits.calibration, dense.normalisation
+    few = calibration.subset(torch.arange(min(experiment.search_calibration_images, len(calibration))))
     return Workbench(
         dense=dense,
         groups=groups,
         cost_model=CostModel(groups),
-        scorer=PolicyScorer(model, groups, splits.validation, calibration, normalisation, precision, profile),
+        scorer=PolicyScorer(model, groups, splits.validation, few, normalisation, precision, profile),
         rescorer=PolicyScorer(model, groups, splits.holdout, calibration, normalisation),
         calibration=calibration,
         seed=experiment.seed,

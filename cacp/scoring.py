@@ -66,9 +66,11 @@ class PolicyScorer:
         self._images = _prepared(validation, normalisation, self._device, precision)  # (V, C, H, W)
         self._calibration = _prepared(calibration, normalisation, self._device, precision)
         self._calibration_batches = self._calibration.tensor_split(math.ceil(len(calibration) / CALIBRATION_BATCH))
-        self._threads = _Threads(self._device, len(self._calibration_batches))
+        self._calibration_threads = _Threads(self._device, len(self._calibration_batches))
         batch = GPU_EVALUATION_BATCH if self._device.type == "cuda" else EVALUATION_BATCH
-        count = self._threads.count * math.ceil(len(validation) / (batch * self._threads.count))
+        self._evaluation_threads = _Threads(self._device, math.ceil(len(validation) / batch))
+        threads = self._evaluation_threads.count
+        count = threads * math.ceil(len(validation) / (batch * threads))
         images, labels = self._images.tensor_split(count), self._labels.tensor_split(count)
         self._evaluation_batches = list(zip(images, labels, strict=True))
         self._network = FusedNetwork(model, self._images[:1].float(), precision)
@@ -84,10 +86,10 @@ class PolicyScorer:
         with self._profile.phase("slicing"):
             self._network.load(slice_model(self._model, self._groups, policy))
         with self._profile.phase("recalibration"):
-            moments = self._threads.map(self._network.moments, self._calibration_batches)
+            moments = self._calibration_threads.map(self._network.moments, self._calibration_batches)
             self._network.set_statistics(moments)
         with self._profile.phase("evaluation"):
-            sums = torch.stack(self._threads.map(self._judged, self._evaluation_batches)).sum(0)
+            sums = torch.stack(self._evaluation_threads.map(self._judged, self._evaluation_batches)).sum(0)
             correct, nats = (sums / len(self._labels)).tolist()
         return Score(correct, nats, cost)
 
