@@ -17,6 +17,7 @@ from agents import ConditionalDDPG, EpisodeEnd, RandomSearch, Searcher
 from cacp.budget import check_reachable, even_ratio, reachable_fractions, uniform_counts
 from cacp.checkpoint import load_state, load_tensors, save_state, save_tensors
 from cacp.config import Experiment, experiment_from, parse
+from cacp.cost import CostModel
 from cacp.history import Episode, History, target_budgets
 from cacp.importance import channel_orders
 from cacp.pipeline import (
@@ -42,7 +43,7 @@ from cacp.reporting import (
     table,
 )
 from cacp.reward import top1_reward
-from cacp.schema import Budget, Policy, PolicyRecord, Score, UserError
+from cacp.schema import Budget, ChannelGroups, Policy, PolicyRecord, Score, UserError
 from cacp.slicing import counts_policy
 from envs import ChannelPruningEnv, EpisodeResult
 
@@ -110,7 +111,7 @@ def search(experiment: Experiment, ranked: Ranked, budgets: list[Budget], profil
         console.print(f"going on after episode {finished} of {experiment.episodes}")
     history = History(folder / "episodes.csv", bench.cost_model.dense, budgets, finished)
     with profile.phase("environment and actions"):
-        play(experiment, bench, env, agent, history, profile)
+        play(experiment, bench.groups, agent, history, profile)
     with profile.phase("scoring again"):
         save_tensors(folder / "agent" / "networks.safetensors", agent.policy_state())
         for budget in budgets:
@@ -133,20 +134,13 @@ def make_agent(experiment: Experiment, env: ChannelPruningEnv, groups: int) -> S
     )
 
 
-def play(
-    experiment: Experiment,
-    bench: Workbench,
-    env: ChannelPruningEnv,
-    agent: Searcher,
-    history: History,
-    profile: Profile,
-) -> None:
+def play(experiment: Experiment, groups: ChannelGroups, agent: Searcher, history: History, profile: Profile) -> None:
     """The episodes that are left, each written down."""
     finished = len(history.episodes)
     logger = search_logger(experiment.folder / "search", finished + 1)
     agent.set_logger(logger)
     with ProgressLine("search", experiment.episodes, finished) as progress:
-        records = Records(experiment, bench, agent, history, logger, progress, profile)
+        records = Records(experiment, groups, agent, history, logger, progress, profile)
         try:
             agent.run(experiment.episodes - finished, records.add)
         finally:
@@ -159,7 +153,7 @@ class Records:
     def __init__(
         self,
         experiment: Experiment,
-        bench: Workbench,
+        groups: ChannelGroups,
         agent: Searcher,
         history: History,
         logger: Logger,
@@ -167,7 +161,8 @@ class Records:
         profile: Profile,
     ) -> None:
         self._experiment = experiment
-        self._bench = bench
+        self._groups = groups
+        self._cost_model = CostModel(groups)
         self._agent = agent
         self._history = history
         self._logger = logger
@@ -194,13 +189,13 @@ class Records:
             self._progress.advance("best " + ", ".join(bests))
 
     def _log(self, episode: Episode, figures: bool) -> None:
-        cost_model, leaders = self._bench.cost_model, self._history.leaders
+        leaders, names, channels = self._history.leaders, self._cost_model.names, self._cost_model.channels.tolist()
         leader = leaders.get(Budget({"macs": episode.target}).name, episode)
-        log_episode(self._logger, episode, cost_model.names, cost_model.channels.tolist(), leader.top1)
+        log_episode(self._logger, episode, names, channels, leader.top1)
         for name, best in leaders.items() if figures else ():
             if self._shown.get(name) != best.counts:
                 self._shown[name] = best.counts
-                log_best_policy(self._logger, self._bench.groups, name, best)
+                log_best_policy(self._logger, self._groups, name, best)
         self._logger.dump(episode.episode)
 
 

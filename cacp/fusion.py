@@ -13,6 +13,7 @@ Letters: B images, C channels, H height, W width, N = B * H * W.
 
 from __future__ import annotations
 
+import copy
 import operator
 import threading
 from collections.abc import Sequence
@@ -23,11 +24,14 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from cacp.evaluation import recalibrate_batchnorm
 from cacp.graph import traced
 
 _DIAGONAL_CHANNELS = 32  # up to here a 1x1 convolution by a diagonal matrix is faster than scale, addition and ReLU
 _ROW_ENTRIES = 512  # of the wide rows that are summed
 _PARTS = 16  # partial sums
+LARGEST_SQUARED_MEAN = 16.0  # in variances: up to here the variance is the mean square minus the squared mean
+CHECK_TOLERANCE = 1e-3  # of the largest logit, fused against plain PyTorch, fp32
 
 
 class Moments(NamedTuple):
@@ -35,6 +39,10 @@ class Moments(NamedTuple):
 
     mean: Tensor
     variance: Tensor
+
+
+class Unfusable(Exception):
+    """The message says why a network must be run in plain PyTorch."""
 
 
 class FusedNetwork:
@@ -51,10 +59,11 @@ class FusedNetwork:
 
     Raises:
         UserError: for a model that cannot be traced.
+        Unfusable: where the fused network would not compute what the model does.
     """
 
     def __init__(self, model: nn.Module, example: Tensor, precision: torch.dtype = torch.float32) -> None:
-        self._precision = precision
+        self._precision = torch.float32
         self._recorder = _Recorder()
         self._network = traced(model, example)
         self._units: list[_Unit] = []
@@ -67,24 +76,57 @@ class FusedNetwork:
         self._network.recompile()
         fused = {unit.name for unit in self._units}
         names = [str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")]
-        self._others = [name for name in names if name not in fused]  # modules and tensors outside of the units
+        # Modules and tensors outside of the units; a tensor that forward makes is the traced copy's own.
+        self._others = [name for name in names if name not in fused and _has(model, name)]
+        self._check(model, example)
+        self._precision = precision
+        self._trial(model, _noise(example))
 
     def _replace(self, pattern: _Pattern) -> None:
-        unit = _Unit(len(self._units), pattern, self._precision, self._recorder)
+        name = f"fused_{len(self._units)}"
+        while hasattr(self._network, name):
+            name += "_"
+        unit = _Unit(name, len(self._units), pattern, self._recorder)
         self._units.append(unit)
-        self._network.add_module(unit.name, unit)
+        self._network.add_module(name, unit)
         with self._network.graph.inserting_after(pattern.last):
-            fused = self._network.graph.call_module(unit.name, pattern.inputs)
+            fused = self._network.graph.call_module(name, pattern.inputs)
         fused.meta = pattern.last.meta
         pattern.last.replace_all_uses_with(fused)
 
+    def _check(self, model: nn.Module, example: Tensor) -> None:
+        """Compare with plain PyTorch, in fp32: fusing changes the order in which writes in place are seen."""
+        reference, images = copy.deepcopy(model).eval(), _noise(example)
+        recalibrate_batchnorm(reference, images.clone(), len(images))
+        with torch.inference_mode():
+            expected = reference(images.clone())
+        difference = (self._trial(model, images) - expected).abs().max() / expected.abs().max().clamp(min=1e-6)
+        if not difference <= CHECK_TOLERANCE:
+            raise Unfusable(
+                f"{type(model).__name__} gives other outputs with batch norm fused, by {float(difference):.2g} of the "
+                "largest; something in its forward writes in place what is read elsewhere"
+            )
+
+    def _trial(self, model: nn.Module, images: Tensor) -> Tensor:
+        trial = copy.deepcopy(model).eval()
+        try:
+            self.load(trial)
+            self.set_statistics([self.moments(images.clone())])
+            return self(images.clone())
+        except Exception as error:
+            name = type(model).__name__
+            raise Unfusable(f"{name} cannot be run with batch norm fused: {type(error).__name__}: {error}") from error
+
     def load(self, model: nn.Module) -> None:
-        """Run this model from the next `set_statistics` on; it must be in eval mode."""
+        """Run this model from the next `set_statistics` on."""
         for name in self._others:
             owner, _, attribute = name.rpartition(".")
-            setattr(self._network.get_submodule(owner), attribute, getattr(model.get_submodule(owner), attribute))
+            value = getattr(model.get_submodule(owner), attribute)
+            setattr(self._network.get_submodule(owner), attribute, value)
+            if isinstance(value, nn.Module):
+                value.eval()
         for unit in self._units:
-            unit.load(model)
+            unit.load(model, self._precision)
 
     @torch.inference_mode()
     def moments(self, images: Tensor) -> list[Moments]:
@@ -148,8 +190,7 @@ class _Pattern(NamedTuple):
 
     @classmethod
     def around(cls, norm: fx.Node, network: fx.GraphModule) -> _Pattern:
-        source, convolution = norm.args[0], None
-        assert isinstance(source, fx.Node)
+        source, convolution = _input(norm), None
         last, residual, relu = norm, None, False
         addition = _only_reader(last)
         if addition is not None and (other := _same_shape_addend(addition, last)) is not None:
@@ -158,12 +199,7 @@ class _Pattern(NamedTuple):
         if reader is not None and _is_relu(reader, network):
             last, relu = reader, True
         if _is_plain_convolution(source, network) and len(source.users) == 1:
-            image = source.args[0]
-            assert isinstance(image, fx.Node)
-            if not _overwritten(image, source, last, network):
-                source, convolution = image, str(source.target)
-        if convolution is None and _overwritten(source, norm, last, network):
-            last, residual, relu = norm, None, False
+            source, convolution = _input(source), str(source.target)
         return cls(source, convolution, str(norm.target), residual, relu, last)
 
 
@@ -192,32 +228,33 @@ def _only_reader(node: fx.Node) -> fx.Node | None:
 
 def _same_shape_addend(addition: fx.Node, node: fx.Node) -> fx.Node | None:
     """The other operand where `addition` adds an equally shaped tensor to `node`."""
-    if addition.op != "call_function" or addition.target not in (operator.add, operator.iadd, torch.add):
+    if addition.op != "call_function" or addition.target not in (operator.add, torch.add):
         return None
     others = [operand for operand in addition.args if operand is not node]
     if len(others) != 1 or addition.kwargs or not isinstance(others[0], fx.Node):
         return None
-    if addition.target is operator.iadd and addition.args[0] is not node:
-        return None  # writes into the other operand, which may have more readers
-    shapes = [operand.meta["tensor_meta"].shape for operand in (node, others[0])]
+    shapes = [getattr(operand.meta.get("tensor_meta"), "shape", None) for operand in (node, others[0])]
     return others[0] if shapes[0] == shapes[1] else None
 
 
-def _overwritten(tensor: fx.Node, first: fx.Node, last: fx.Node, network: fx.GraphModule) -> bool:
-    """Whether an operation between two nodes writes into `tensor`, which a unit in place of `last` would read later."""
-    node = first.next
-    while node is not last and node is not first:
-        if node.args and node.args[0] is tensor and _writes_in_place(node, network):
-            return True
-        node = node.next
-    return False
+def _input(node: fx.Node) -> fx.Node:
+    """The tensor that a one-input module is called with."""
+    (source,) = node.all_input_nodes
+    return source
 
 
-def _writes_in_place(node: fx.Node, network: fx.GraphModule) -> bool:
-    if node.op == "call_module":
-        return bool(getattr(_module(node, network), "inplace", False))
-    name = str(getattr(node.target, "__name__", node.target))
-    return bool(node.kwargs.get("inplace")) or name in ("iadd", "imul", "isub") or name.endswith("_")
+def _has(model: nn.Module, name: str) -> bool:
+    try:
+        operator.attrgetter(name)(model)
+    except AttributeError:
+        return False
+    return True
+
+
+def _noise(example: Tensor) -> Tensor:
+    """Four images of the example's shape, the same for the same shape."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(4, *example.shape[1:], generator=generator).to(example.device)
 
 
 # units ----------------------------------------------------------------------------------------------------------------
@@ -226,13 +263,13 @@ def _writes_in_place(node: fx.Node, network: fx.GraphModule) -> bool:
 class _Unit(nn.Module):
     """A pattern as one module. The model's own modules stay outside: the unit holds references to two of them."""
 
-    def __init__(self, position: int, pattern: _Pattern, precision: torch.dtype, recorder: _Recorder) -> None:
+    def __init__(self, name: str, position: int, pattern: _Pattern, recorder: _Recorder) -> None:
         super().__init__()
+        self.name = name
         self.position = position
-        self.name = f"fused_{position}"
         self._pattern = pattern
-        self._precision = precision
         self._recorder = recorder
+        self._precision = torch.float32
         self._modules_of_model: tuple[nn.Conv2d | None, _BatchNorm]
         self._raw: _Convolution | None = None
         self._folded: _Convolution | None = None
@@ -241,8 +278,8 @@ class _Unit(nn.Module):
     def norm(self) -> _BatchNorm:
         return self._modules_of_model[1]
 
-    def load(self, model: nn.Module) -> None:
-        name = self._pattern.convolution
+    def load(self, model: nn.Module, precision: torch.dtype) -> None:
+        self._precision, name = precision, self._pattern.convolution
         convolution = None if name is None else model.get_submodule(name)
         norm = model.get_submodule(self._pattern.norm)
         assert isinstance(convolution, nn.Conv2d | None)
@@ -296,7 +333,8 @@ class _Convolution(NamedTuple):
         if _has_onednn(x) and residual is None:
             unary = "relu" if relu else "none"
             return _onednn(x, weight, bias, padding, stride, dilation, groups, unary, [], None)
-        if _has_onednn(x) and groups == 1:
+        if residual is not None and _has_onednn(x) and groups == 1 and residual.dtype == x.dtype:
+            x = x.contiguous(memory_format=torch.channels_last)  # else oneDNN may leave the addition to PyTorch
             unary_or_none = "relu" if relu else None
             return _onednn(
                 x, residual, weight, bias, padding, stride, dilation, groups, "add", 1.0, unary_or_none, [], None
@@ -366,7 +404,10 @@ def _mean_and_variance(y: Tensor) -> tuple[Tensor, Tensor]:
     # Sums are made in float32 and rounded to y's precision once; the errors of many partial sums cancel.
     sums = torch.stack([wide.sum(1), wide.square().sum(1)]).float()  # (2, P, width * C)
     mean, square = sums.view(2, parts * width, channels).sum(1) / len(rows)
-    return mean, (square - mean.square()).clamp_(min=0)
+    variance = square - mean.square()
+    if bool((mean.square() > LARGEST_SQUARED_MEAN * variance).any()):  # the difference has lost too many digits
+        variance, mean = torch.var_mean(rows.float(), 0, correction=0)
+    return mean, variance
 
 
 def _power_of_two(number: int, limit: int) -> int:

@@ -49,5 +49,5 @@ class Profile:
 
     def move(self, name: str, seconds: float) -> None:
         """Count seconds of the open phase for `name` instead: something inside of it took its own time."""
-        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
         self._inner[-1] += seconds
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds

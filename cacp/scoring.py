@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import math
 import threading
+import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -19,8 +21,8 @@ from torch import Tensor, nn
 
 from cacp.cost import CostModel
 from cacp.data import ImageData, normalise
-from cacp.evaluation import Evaluation, device_of, evaluate, recalibrate_batchnorm
-from cacp.fusion import FusedNetwork
+from cacp.evaluation import Evaluation, check_batching, device_of, evaluate, recalibrate_batchnorm
+from cacp.fusion import FusedNetwork, Unfusable
 from cacp.profiling import Profile
 from cacp.schema import ChannelGroups, Cost, Normalisation, Policy, Score
 from cacp.slicing import slice_model
@@ -56,6 +58,8 @@ class PolicyScorer:
         precision: torch.dtype = torch.float32,
         profile: Profile | None = None,
     ) -> None:
+        check_batching("validation", len(validation), EVALUATION_BATCH)
+        check_batching("calibration", len(calibration), CALIBRATION_BATCH)
         self._model = model.eval()
         self._groups = groups
         self._cost_model = CostModel(groups)
@@ -73,7 +77,11 @@ class PolicyScorer:
         count = threads * math.ceil(len(validation) / (batch * threads))
         images, labels = self._images.tensor_split(count), self._labels.tensor_split(count)
         self._evaluation_batches = list(zip(images, labels, strict=True))
-        self._network = FusedNetwork(model, self._images[:1].float(), precision)
+        self._network: FusedNetwork | None = None
+        try:
+            self._network = FusedNetwork(model, self._images[:1].float(), precision)
+        except Unfusable as reason:
+            warnings.warn(f"policies are scored in plain PyTorch, which is slower: {reason}", stacklevel=2)
         self._scores: dict[tuple[tuple[int, ...], ...], Score] = {}
 
     def __call__(self, policy: Policy) -> Score:
@@ -83,21 +91,23 @@ class PolicyScorer:
         return self._scores[key]
 
     def _score(self, policy: Policy, cost: Cost) -> Score:
+        network = self._network
+        if network is None:
+            return Score(*self.evaluate(self.sliced(policy)), cost)
         with self._profile.phase("slicing"):
-            self._network.load(slice_model(self._model, self._groups, policy))
+            network.load(slice_model(self._model, self._groups, policy))
         with self._profile.phase("recalibration"):
-            moments = self._calibration_threads.map(self._network.moments, self._calibration_batches)
-            self._network.set_statistics(moments)
+            network.set_statistics(self._calibration_threads.map(network.moments, self._calibration_batches))
         with self._profile.phase("evaluation"):
-            sums = torch.stack(self._evaluation_threads.map(self._judged, self._evaluation_batches)).sum(0)
-            correct, nats = (sums / len(self._labels)).tolist()
+            judged = self._evaluation_threads.map(partial(self._judged, network), self._evaluation_batches)
+            correct, nats = (torch.stack(judged).sum(0) / len(self._labels)).tolist()
         return Score(correct, nats, cost)
 
     @torch.inference_mode()
-    def _judged(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+    def _judged(self, network: FusedNetwork, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Correct answers and summed loss of a batch: (2,) float64."""
         images, labels = batch
-        logits = self._network(images).float()  # (B, classes)
+        logits = network(images).float()  # (B, classes)
         loss = F.cross_entropy(logits, labels, reduction="sum")
         return torch.stack([(logits.argmax(1) == labels).sum().double(), loss.double()])
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import keep_all, random_policy, resnet20
+from conftest import Net, keep_all, lively, random_policy, resnet20
 from torch import Tensor, nn
 
 from cacp import scoring
 from cacp.cost import counted_cost
 from cacp.data import ImageData
 from cacp.graph import trace
-from cacp.schema import Normalisation, Policy
+from cacp.schema import ChannelGroups, Normalisation, Policy, UserError
 from cacp.scoring import PolicyScorer
 from cacp.slicing import slice_model
 
@@ -108,3 +111,103 @@ def test_the_dense_model_keeps_its_statistics(model: nn.Module) -> None:
     groups = trace(model, torch.zeros(1, 3, 8, 8))
     PolicyScorer(model, groups, VALIDATION, CALIBRATION, NORMALISATION)(keep_all(groups))
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+# threads --------------------------------------------------------------------------------------------------------------
+
+LARGE_CALIBRATION = random_images(300, 1)  # three batches
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def groups(model: nn.Module) -> ChannelGroups:
+    return trace(model, torch.zeros(1, 3, 8, 8), "all")
+
+
+def scorer_of(
+    model: nn.Module,
+    groups: ChannelGroups,
+    calibration: ImageData = LARGE_CALIBRATION,
+    validation: ImageData = VALIDATION,
+) -> PolicyScorer:
+    return PolicyScorer(model, groups, validation, calibration, NORMALISATION)
+
+
+def test_two_threads_give_the_same_bits_every_time_and_the_score_of_one(
+    model: nn.Module, groups: ChannelGroups, two_threads: None
+) -> None:
+    policies = [random_policy(groups, seed) for seed in range(4)]
+    scorers = [scorer_of(model, groups) for _ in range(2)]
+    first, second = ([scorer(policy) for policy in policies] for scorer in scorers)
+    assert first == second
+    torch.set_num_threads(1)
+    alone = scorer_of(model, groups)
+    for score, policy in zip(first, policies, strict=True):
+        assert score.loss == pytest.approx(alone(policy).loss, rel=1e-6)
+        assert score.top1 == alone(policy).top1
+
+
+@pytest.mark.parametrize(
+    ("threads", "calibration", "validation", "policies"),
+    [(1, 300, 150, 6), (2, 300, 150, 6), (2, 300, 1, 1), (2, 100, 150, 1), (2, 8, 3, 1)],  # the last two: one batch
+)
+def test_scores_are_those_of_the_sliced_model(
+    model: nn.Module,
+    groups: ChannelGroups,
+    two_threads: None,
+    threads: int,
+    calibration: int,
+    validation: int,
+    policies: int,
+) -> None:
+    torch.set_num_threads(threads)
+    scorer = scorer_of(model, groups, random_images(calibration, 1), random_images(validation, 0))
+    scores = [scorer(random_policy(groups, seed)) for seed in range(policies)]
+    torch.set_num_threads(1)
+    for seed, score in enumerate(scores):
+        expected = scorer.evaluate(scorer.sliced(random_policy(groups, seed)))
+        assert score.loss == pytest.approx(expected.loss, rel=3e-6)
+        assert score.top1 == expected.top1
+
+
+@pytest.mark.parametrize(("threads", "calibration", "started"), [(2, 100, 2), (2, 300, 4), (3, 200, 4), (3, 300, 5)])
+def test_a_scorer_starts_a_thread_a_batch_and_leaves_the_others(
+    model: nn.Module, groups: ChannelGroups, two_threads: None, threads: int, calibration: int, started: int
+) -> None:
+    torch.set_num_threads(threads)
+    before = set(threading.enumerate())
+    scorer = scorer_of(model, groups, random_images(calibration, 1))
+    assert len(set(threading.enumerate()) - before) == started  # for calibration, and two for two validation batches
+    assert torch.get_num_threads() == threads
+    with ThreadPoolExecutor(1) as later:
+        assert later.submit(torch.get_num_threads).result() == threads
+    del scorer
+
+
+def test_an_unfusable_model_is_scored_in_plain_pytorch() -> None:
+    def overwriting(m: nn.Module, x: Tensor) -> Tensor:
+        h = m.a(x)
+        y = m.b(h)
+        kept = F.relu(h, inplace=True)
+        return m.out((F.relu(m.norm(y)) + kept).flatten(1))
+
+    layers = {"a": nn.Conv2d(3, 4, 3, padding=1), "b": nn.Conv2d(4, 4, 3, padding=1), "norm": nn.BatchNorm2d(4)}
+    model = lively(Net(overwriting, **layers, out=nn.Linear(256, 10)))
+    groups = trace(model, torch.zeros(1, 3, 8, 8), "all")
+    with pytest.warns(UserWarning, match="scored in plain PyTorch, which is slower: Net gives other outputs"):
+        scorer = PolicyScorer(model, groups, VALIDATION, CALIBRATION, NORMALISATION)
+    policy = random_policy(groups, 0)
+    assert scorer(policy)[:2] == scorer.evaluate(scorer.sliced(policy))
+
+
+@pytest.mark.parametrize("empty", ["validation", "calibration"])
+def test_no_images_are_refused(model: nn.Module, groups: ChannelGroups, empty: str) -> None:
+    with pytest.raises(UserError, match=f"{empty} must hold at least 1 image"):
+        scorer_of(model, groups, **{empty: random_images(0, 0)})

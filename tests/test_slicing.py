@@ -186,3 +186,127 @@ def test_counts_policy_keeps_the_highest_ranked_in_channel_order() -> None:
     assert policy_counts(groups, policy) == counts
     assert policy.keep["layer1.0.conv1"] == (13, 14)
     assert counts_policy(groups, [4] * 9, orders, "l1").keep["layer1.0.conv1"] == (0, 13, 14, 15)
+
+
+# the copy -------------------------------------------------------------------------------------------------------------
+
+
+class Keepsakes(nn.Module):
+    """One prunable convolution, and whatever else a module may hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Conv2d(3, 4, 1)
+        self.norm = nn.BatchNorm2d(4)
+        self.second = nn.Conv2d(4, 4, 1)
+        self.third = nn.Conv2d(4, 4, 1)
+        self.third.weight = self.second.weight  # tied
+        self.again = self.norm  # one module under two names
+        self.nothing = nn.Sequential()
+        self.register_buffer("shift", torch.ones(1), persistent=False)
+        self.scale = torch.full((1,), 2.0)
+        self.notes = [torch.zeros(2), {"depth": [3]}]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.again(self.first(x)))
+        return self.nothing(self.third(self.second(x)) * self.scale + self.shift)
+
+
+@pytest.fixture
+def keepsakes() -> nn.Module:
+    return lively(Keepsakes())
+
+
+def sliced_to(model: nn.Module, *first: int) -> nn.Module:
+    groups = trace(model, torch.zeros(1, 3, 8, 8))
+    return slice_model(model, groups, Policy(dict(keep_all(groups).keep) | {"first": first}, "hand"))
+
+
+def storages(model: nn.Module) -> set[int]:
+    """Addresses of every tensor in a model, registered or not."""
+    tensors = [*model.parameters(), *model.buffers()]
+    if isinstance(model, Keepsakes):
+        tensors += [model.scale, model.notes[0]]
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors}
+
+
+@pytest.mark.parametrize("kept", [(0, 1, 2, 3), (1, 2)], ids=str)
+def test_no_tensor_is_shared_with_the_model(keepsakes: nn.Module, kept: tuple[int, ...]) -> None:
+    assert storages(sliced_to(keepsakes, *kept)) & storages(keepsakes) == set()
+
+
+@pytest.mark.parametrize("scope", ["inner", "all"])
+def test_no_tensor_of_a_resnet_is_shared(scope: str) -> None:
+    model = resnet20()
+    groups = trace(model, torch.zeros(1, 3, 16, 16), scope)
+    for policy in (keep_all(groups), random_policy(groups, 0)):
+        assert storages(slice_model(model, groups, policy)) & storages(model) == set()
+
+
+def test_every_module_is_a_new_object_even_an_empty_one(keepsakes: nn.Module) -> None:
+    sliced = sliced_to(keepsakes, 1, 2)
+    assert isinstance(sliced.nothing, nn.Sequential)
+    assert not {id(module) for module in sliced.modules()} & {id(module) for module in keepsakes.modules()}
+    sliced.nothing.append(nn.Flatten())
+    assert (len(keepsakes.nothing), len(sliced.nothing)) == (0, 1)
+
+
+def test_tied_parameters_stay_tied(keepsakes: nn.Module) -> None:
+    sliced = sliced_to(keepsakes, 1, 2, 3)
+    assert sliced.third.bias is not sliced.second.bias
+    whole = sliced_to(keepsakes, 0, 1, 2, 3)
+    assert whole.third.weight is whole.second.weight
+    assert len(list(whole.parameters())) == len(list(keepsakes.parameters()))
+
+
+def test_a_module_under_two_names_stays_one_and_is_cut_once(keepsakes: nn.Module) -> None:
+    sliced = sliced_to(keepsakes, 1, 3)
+    assert sliced.again is sliced.norm
+    assert torch.equal(sliced.norm.running_mean, keepsakes.norm.running_mean[[1, 3]])
+    masked = masked_output(keepsakes.double(), {"again": mask(4, (1, 3))}, images())
+    torch.testing.assert_close(outputs(sliced.double(), images()), masked, rtol=0, atol=1e-6)
+
+
+def test_plain_attributes_are_copied_deeply(keepsakes: nn.Module) -> None:
+    sliced = sliced_to(keepsakes, 1, 2)
+    sliced.scale.fill_(5)
+    sliced.notes[0].fill_(5)
+    sliced.notes[1]["depth"].append(5)
+    assert (keepsakes.scale.item(), keepsakes.notes[0].tolist(), keepsakes.notes[1]) == (2, [0, 0], {"depth": [3]})
+    assert sliced.notes[1] == {"depth": [3, 5]}
+
+
+def test_a_buffer_outside_of_the_state_dict_survives(keepsakes: nn.Module) -> None:
+    sliced = sliced_to(keepsakes, 1, 2)
+    assert dict(sliced.named_buffers())["shift"].item() == 1
+    assert "shift" not in sliced.state_dict()
+    sliced.shift.fill_(5)
+    assert keepsakes.shift.item() == 1
+
+
+def test_hooks_of_one_do_not_fire_on_the_other(keepsakes: nn.Module) -> None:
+    fired: list[int] = []
+    keepsakes.first.register_forward_hook(lambda module, inputs, output: fired.append(module.out_channels))
+    sliced = sliced_to(keepsakes, 1, 2)
+    late = sliced.first.register_forward_hook(lambda module, inputs, output: fired.append(-module.out_channels))
+    fired.clear()  # tracing fires them too
+    outputs(keepsakes, images().float())
+    assert fired == [4]
+    outputs(sliced, images().float())
+    assert fired == [4, 2, -2]  # a hook from before the copy is on both
+    late.remove()
+    outputs(sliced, images().float())
+    assert fired == [4, 2, -2, 2]
+
+
+def test_the_copy_can_be_trained_sliced_again_and_copied(keepsakes: nn.Module) -> None:
+    before = outputs(keepsakes, images().float())
+    once = sliced_to(keepsakes, 0, 1, 3).train()
+    once(images().float()).sum().backward()
+    assert all(parameter.grad is not None for parameter in once.parameters())
+    assert all(parameter.grad is None for parameter in keepsakes.parameters())
+    twice = sliced_to(once.eval(), 0, 2)
+    assert torch.equal(twice.first.weight, keepsakes.first.weight[[0, 3]])
+    assert torch.equal(outputs(copy.deepcopy(twice), images().float()), outputs(twice, images().float()))
+    assert torch.equal(outputs(keepsakes, images().float()), before)

@@ -1,0 +1,679 @@
+"""How fast policies are scored: this project's scorer against AMC's and Torch-Pruning's ways, and against the machine.
+
+    python -m benchmarks.search_speed --config configs/cifar10_resnet56.yaml [settings of search.py] \\
+        --policies 100 --repeats 1 --result results/search_speed.json
+
+Policies are drawn as the search's warm-up draws them: random search, the macs targets in turn, channels ranked by the
+criterion. Every system scores each of them on the same images, policy by policy; the order of the systems turns, and
+runs backwards every other time. Clocks are read when the device is done. Systems (A and B: see `benchmarks.peers`):
+
+- ours: `PolicyScorer` as search.py uses it; ours fp32: the same in fp32. A scorer sees a policy once; a repeat has
+  scorers of its own.
+- A: AMC's way, zeroed channels; B: Torch-Pruning's way. Both recalibrate batch norm as ours does.
+- A stale, B stale: as they come, without recalibration.
+
+The floor of a policy is its network's multiply-accumulates over all images that it sees (`stale`: those of the
+evaluation) divided by the best convolution rate of this machine, taken before, amid and after the scoring.
+`convolutions_only` runs each convolution of a few pruned networks alone, in the precision and batches of ours, with
+every thread busy: what is between it and the floor is thin layers, between it and ours all that is not convolution.
+
+The dense model is imported as search.py does, into a folder that is deleted again; `--weights train` takes it from the
+run folder. The JSON says under `settings` how everything was run, and holds all single measurements under `raw`.
+
+Letters: B images of a batch, C channels, H x W pixels, P policies, R repeats.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import itertools
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor, nn
+
+from agents import EpisodeEnd, RandomSearch
+from benchmarks.peers import (
+    AMC_BATCH,
+    LANES,
+    LayerTime,
+    Peer,
+    PlainImages,
+    Shape,
+    TorchPruned,
+    ZeroedChannels,
+    best_of,
+    convolution_rates,
+    convolution_shapes,
+    layer_times,
+    synchroniser,
+)
+from benchmarks.summarise import portable
+from cacp.checkpoint import save_json
+from cacp.config import Experiment, experiment_from, parse
+from cacp.cost import CostModel
+from cacp.data import ImageData
+from cacp.evaluation import device_of, resolve_precision
+from cacp.importance import channel_orders
+from cacp.pipeline import build_workbench, environment, load_splits, run_command
+from cacp.profiling import Profile
+from cacp.reporting import ProgressLine, console, percent, table
+from cacp.reward import top1_reward
+from cacp.schema import ChannelGroups, Cost, Normalisation, Policy, Score, UserError
+from cacp.scoring import CALIBRATION_BATCH, EVALUATION_BATCH, GPU_EVALUATION_BATCH, PolicyScorer
+from cacp.slicing import counts_policy, slice_model
+from envs import ChannelPruningEnv, EpisodeResult
+
+WARM_UP = 3  # other policies that every system scores before the clock counts, one of each target
+PAUSE = 0.02  # seconds before every measurement: OpenMP's threads spin for some milliseconds after their work
+CHECKED = 3  # policies on which A and B must compute what the sliced network computes
+LARGEST_DIFFERENCE = 5e-3  # of their logits, relative to the largest logit: fp32 through 56 layers
+PLAIN = 20  # policies that plain PyTorch scores too
+CONVOLVED = 6  # policies whose convolutions are run alone
+OURS, OURS_FP32 = "ours", "ours fp32"
+CHOICES = {
+    "A": f"AMC's way: one dense network, weights restored and zeroed for every policy; fp32, batches of {AMC_BATCH} "
+    "(AMC's default) from a DataLoader without workers over normalised fp32 images in memory, default memory format, "
+    "torch.no_grad, top-1 only",
+    "B": "Torch-Pruning's way: deep copy, DependencyGraph, each of the policy's groups pruned; the rest as A",
+    "recalibration": f"mean of batch-norm statistics over batches of {CALIBRATION_BATCH} calibration images, for all; "
+    "the calibration images lie on the device as one tensor",
+    "stale": "A and B as they come, without recalibration",
+}
+
+
+class Subject(NamedTuple):
+    """A network to prune, and the images that score its policies."""
+
+    model: nn.Module  # dense, fp32, in eval mode on its device
+    groups: ChannelGroups
+    orders: Mapping[str, Tensor]  # channels of every prunable group, the most important first
+    criterion: str
+    validation: ImageData
+    calibration: ImageData
+    normalisation: Normalisation
+    precision: torch.dtype  # of ours
+
+    @property
+    def device(self) -> torch.device:
+        return device_of(self.model)
+
+    def scorer(self, precision: torch.dtype, profile: Profile | None = None) -> PolicyScorer:
+        return PolicyScorer(
+            self.model, self.groups, self.validation, self.calibration, self.normalisation, precision, profile
+        )
+
+
+class Drawn(NamedTuple):
+    """A policy, its macs target, and its cost."""
+
+    policy: Policy
+    target: float
+    cost: Cost
+
+
+class Observation(NamedTuple):
+    """One policy scored once by one system."""
+
+    seconds: float
+    phases: dict[str, float]  # seconds of slicing, recalibration and evaluation
+    top1: float
+
+
+class System(NamedTuple):
+    """A way to score policies; `score` returns top-1 and counts its phases in `profile`."""
+
+    name: str
+    score: Callable[[Policy], float]
+    profile: Profile
+    images: int  # that pass through the network for one score
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--policies", type=int, default=100)
+    parser.add_argument("--repeats", type=int, default=1, help="times that every policy is scored by every system")
+    parser.add_argument("--result", required=True, type=Path, help="JSON file to write")
+    arguments, rest = parser.parse_known_args()
+    policies, repeats = arguments.policies, arguments.repeats
+    if min(policies, repeats) < 1:
+        raise UserError(f"policies and repeats must be at least 1, but got {policies=}, {repeats=}")
+    experiment = experiment_from(parse("search", "Measure the speed of scoring policies.", rest))
+    if experiment.scope != "inner":
+        raise UserError(
+            "scope must be inner, as neither zeroed weights nor Torch-Pruning reach the channels that a shortcut "
+            f"without weights passes on, but got {experiment.scope!r}"
+        )
+    load_before = os.getloadavg()
+    result = measure(subject_of(experiment), experiment.targets, policies, repeats, experiment.seed)
+    names = ("model", "weights", "dataset", "scope", "criterion")
+    result["settings"] |= {name: getattr(experiment, name) for name in names}
+    result["environment"] = environment(experiment.seed) | {"load_average": [load_before[0], os.getloadavg()[0]]}
+    result["environment"]["command"] = [part for word in sys.argv for part in _separated(word)]
+    result["environment"]["packages"]["torch-pruning"] = _version("torch-pruning")
+    save_json(arguments.result, portable(result))
+    show(result)
+
+
+def _separated(word: str) -> list[str]:
+    """--flag=/path as two words, so that `portable` sees the path."""
+    flag, equals, value = word.partition("=")
+    return [flag, value] if equals and value.startswith("/") else [word]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def subject_of(experiment: Experiment) -> Subject:
+    """The search's own network and images."""
+    with tempfile.TemporaryDirectory() as folder:
+        if experiment.weights != "train":
+            experiment = dataclasses.replace(experiment, output=folder)
+        bench = build_workbench(experiment)
+    return Subject(
+        model=bench.dense.model,
+        groups=bench.groups,
+        orders=channel_orders(bench.importance(experiment.criterion)),
+        criterion=experiment.criterion,
+        validation=load_splits(experiment).validation,
+        calibration=bench.calibration,
+        normalisation=bench.dense.normalisation,
+        precision=resolve_precision(experiment.precision, device_of(bench.dense.model)),
+    )
+
+
+def draw_policies(subject: Subject, targets: Sequence[float], count: int, seed: int) -> list[Drawn]:
+    """Different policies as the search's warm-up draws them, the targets in turn.
+
+    Raises:
+        UserError: where the network has too few.
+    """
+    cost_model = CostModel(subject.groups)
+    env = ChannelPruningEnv(
+        subject.groups, lambda counts: Score(0.0, 0.0, cost_model.cost(counts)), top1_reward, targets
+    )
+    agent = RandomSearch(env, seed=seed)
+    drawn: dict[tuple[int, ...], Drawn] = {}
+
+    def on_episode(end: EpisodeEnd) -> None:
+        result: EpisodeResult = end.info["result"]
+        if result.counts in drawn:
+            env.episodes_started -= 1  # the same target once more
+            return
+        policy = counts_policy(subject.groups, result.counts, subject.orders, subject.criterion)
+        drawn[result.counts] = Drawn(policy, result.budget.targets["macs"], result.score.cost)
+
+    for _ in range(100 * count):
+        if len(drawn) == count:
+            return list(drawn.values())
+        agent.run(1, on_episode)
+    raise UserError(
+        f"policies must be at most the different ones that {100 * count} random episodes find, "
+        f"but got {count} with the warm-up's; found {len(drawn)}; lower --policies"
+    )
+
+
+# measuring ------------------------------------------------------------------------------------------------------------
+
+
+def measure(subject: Subject, targets: Sequence[float], policies: int, repeats: int, seed: int) -> dict[str, Any]:
+    """Score, and sum up: the JSON without its environment."""
+    drawn = draw_policies(subject, targets, WARM_UP + policies, seed)
+    images = PlainImages(subject.validation, subject.calibration, subject.normalisation, subject.device)
+    peers, left_out = build_peers(subject, images)
+    equality = check_peers(subject, images, peers, drawn[:CHECKED])
+    measured = observe_all(subject, peers, drawn[:WARM_UP], drawn[WARM_UP:], repeats)
+    scorer = subject.scorer(torch.float32)
+    plain = [scorer.evaluate(scorer.sliced(one.policy)).top1 for one in measured.drawn[:PLAIN]]
+    return {
+        "settings": settings(subject, images, targets, policies, repeats, seed),
+        **summary(measured),
+        "convolutions_only": convolutions_only(subject, measured),
+        "agreement": agreements(measured, plain),
+        "equality": equality,
+        "left_out": left_out,
+        "raw": raw(measured, plain),
+    }
+
+
+def observe_all(
+    subject: Subject, peers: Mapping[str, Peer], warm_up: Sequence[Drawn], drawn: list[Drawn], repeats: int
+) -> Measured:
+    """Every policy by every system, and the machine's rate before, amid and after."""
+    device, shapes = subject.device, convolution_shapes(subject.device)
+    rates = convolution_rates(device, shapes)
+    observations: dict[str, list[Observation]] = {}
+    slicing: list[float] = []
+    gc.freeze()  # so that collecting the garbage of a policy is quick
+    with ProgressLine("policies", repeats * len(drawn)) as progress:
+        for _ in range(repeats):
+            systems = build_systems(subject, peers)
+            for system, (policy, _, _) in itertools.product(systems, warm_up):
+                system.score(policy)
+            for position, (policy, _, _) in enumerate(drawn):
+                gc.collect()
+                for system in in_turn(systems, position):
+                    observations.setdefault(system.name, []).append(observe(system, policy, device))
+                slicing.append(timed(partial(slice_model, subject.model, subject.groups, policy), device))
+                if len(slicing) == (repeats * len(drawn) + 1) // 2:
+                    rates = best_of(rates, convolution_rates(device, shapes))
+                progress.advance(f"ours {spread([one.seconds for one in observations[OURS]])['median']:.3f} s")
+    gc.unfreeze()
+    rates = best_of(rates, convolution_rates(device, shapes))
+    images = {system.name: system.images for system in systems}
+    return Measured(drawn, images, {name: observations[name] for name in images}, slicing, rates)
+
+
+def settings(
+    subject: Subject, images: PlainImages, targets: Sequence[float], policies: int, repeats: int, seed: int
+) -> dict[str, Any]:
+    return {
+        "policies": policies,
+        "repeats": repeats,
+        "warm_up_policies": WARM_UP,
+        "targets": list(targets),
+        "seed": seed,
+        "validation_images": len(subject.validation),
+        "calibration_images": len(subject.calibration),
+        "image_shape": list(images.validation.shape[1:]),
+        "device": str(subject.device),
+        "threads": torch.get_num_threads(),
+        "precision_of_ours": _dtype_name(subject.precision),
+        "choices": CHOICES,
+    }
+
+
+def build_peers(subject: Subject, images: PlainImages) -> tuple[dict[str, Peer], dict[str, str]]:
+    """A and B; and why B is left out, where it is."""
+    peers: dict[str, Peer] = {"A": ZeroedChannels(subject.model, subject.groups, images)}
+    try:
+        peers["B"] = TorchPruned(subject.model, subject.groups, images)
+    except ModuleNotFoundError as error:
+        return peers, {"B": f"{error.name} is not installed on this machine"}
+    return peers, {}
+
+
+@torch.no_grad()
+def check_peers(
+    subject: Subject, images: PlainImages, peers: Mapping[str, Peer], drawn: Sequence[Drawn]
+) -> dict[str, dict[str, float]]:
+    """Largest differences between the logits of A, B and the sliced network, relative to the largest logit; fp32.
+
+    Raises:
+        RuntimeError: where they are too large: then a peer does other work than ours, and its time says nothing.
+    """
+    scorer = subject.scorer(torch.float32)
+    batch = images.validation[: 2 * AMC_BATCH].to(subject.device)  # (B, C, H, W)
+    differences = {name: {"stale": 0.0, "recalibrated": 0.0} for name in peers}
+    for (name, peer), (policy, _, _) in itertools.product(peers.items(), drawn):
+        with torch.enable_grad():  # Torch-Pruning's tracing needs it
+            model = peer.prepare(policy)
+        for kind, ours in (
+            ("stale", slice_model(subject.model, subject.groups, policy)),
+            ("recalibrated", scorer.sliced(policy)),
+        ):
+            if kind == "recalibrated":
+                peer.recalibrate(model)
+            expected = ours(batch)  # (B, classes)
+            difference = ((model(batch) - expected).abs().max() / expected.abs().max()).item()
+            differences[name][kind] = max(differences[name][kind], difference)
+    wrong = {name: found for name, found in differences.items() if max(found.values()) > LARGEST_DIFFERENCE}
+    if wrong:
+        raise RuntimeError(
+            f"logits must differ from the sliced network's by at most {LARGEST_DIFFERENCE} of the largest, "
+            f"but got {wrong}"
+        )
+    return differences
+
+
+def build_systems(subject: Subject, peers: Mapping[str, Peer]) -> list[System]:
+    """Ours with fresh scorers, which have seen no policy, then the peers with and without recalibration."""
+    evaluated = len(subject.validation)
+    both = evaluated + len(subject.calibration)
+    systems = []
+    for name, precision in ((OURS, subject.precision), (OURS_FP32, torch.float32)):
+        profile = Profile(synchroniser(subject.device))
+        systems.append(System(name, _score_of_ours(subject.scorer(precision, profile)), profile, both))
+    for name, peer in peers.items():
+        for label, recalibrated in ((name, True), (f"{name} stale", False)):
+            profile = Profile(synchroniser(subject.device))
+            score = _score_of_peer(peer, recalibrated, profile)
+            systems.append(System(label, score, profile, both if recalibrated else evaluated))
+    return systems
+
+
+def _score_of_ours(scorer: PolicyScorer) -> Callable[[Policy], float]:
+    return lambda policy: scorer(policy).top1
+
+
+def _score_of_peer(peer: Peer, recalibrated: bool, profile: Profile) -> Callable[[Policy], float]:
+    def score(policy: Policy) -> float:
+        with profile.phase("slicing"):
+            model = peer.prepare(policy)
+        if recalibrated:
+            with profile.phase("recalibration"):
+                peer.recalibrate(model)
+        with profile.phase("evaluation"):
+            return peer.evaluate(model)
+
+    return score
+
+
+def in_turn(systems: Sequence[System], position: int) -> list[System]:
+    """The systems from another one on for every policy, forwards through one round and backwards through the next."""
+    start = position % len(systems)
+    order = [*systems[start:], *systems[:start]]
+    return order[::-1] if position // len(systems) % 2 else order
+
+
+def observe(system: System, policy: Policy, device: torch.device) -> Observation:
+    before, scored = dict(system.profile.seconds), []
+    seconds = timed(lambda: scored.append(system.score(policy)), device)
+    phases = {name: total - before.get(name, 0.0) for name, total in system.profile.seconds.items()}
+    return Observation(seconds, phases, scored[0])
+
+
+def timed(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds of a piece of work, the device's part included."""
+    synchronise = synchroniser(device)
+    time.sleep(PAUSE)
+    synchronise()
+    start = time.perf_counter()
+    kept = work()  # freed after the clock is read
+    synchronise()
+    seconds = time.perf_counter() - start
+    del kept
+    return seconds
+
+
+# summing up -----------------------------------------------------------------------------------------------------------
+
+
+def floor_seconds(macs: float, images: int, rate: float) -> float:
+    """Least seconds of a forward pass of `images` at `macs` each, on a machine of `rate` MACs a second.
+
+    >>> floor_seconds(64e6, 3000, 400e9)
+    0.48
+    """
+    return macs * images / rate
+
+
+class Measured(NamedTuple):
+    """All measurements of a run."""
+
+    drawn: list[Drawn]  # P
+    images: dict[str, int]  # that a system runs for a score
+    observations: dict[str, list[Observation]]  # R * P of every system, repeat by repeat
+    slicing: list[float]  # (R * P,) seconds of slice_model
+    rates: dict[Shape, float]  # MACs a second
+
+    @property
+    def targets(self) -> list[float]:
+        return [one.target for one in self.drawn]
+
+    @property
+    def rate(self) -> float:
+        return max(self.rates.values())
+
+    def seconds(self, name: str) -> np.ndarray:
+        """(P,): the median over repeats."""
+        return self.medians([one.seconds for one in self.observations[name]])
+
+    def phase(self, name: str, phase: str) -> np.ndarray:
+        return self.medians([one.phases.get(phase, 0.0) for one in self.observations[name]])
+
+    def medians(self, values: Sequence[float]) -> np.ndarray:
+        return np.median(np.array(values).reshape(-1, len(self.drawn)), axis=0)
+
+    def top1(self, name: str) -> np.ndarray:
+        """(P,): of the first repeat; the others are equal."""
+        return np.array([one.top1 for one in self.observations[name][: len(self.drawn)]])
+
+    def floor(self, name: str) -> np.ndarray:
+        """(P,) seconds."""
+        images = self.images[name]
+        return np.array([floor_seconds(one.cost.macs, images, self.rate) for one in self.drawn])
+
+    def by_target(self, values: np.ndarray) -> dict[str, np.ndarray]:
+        targets = np.array(self.targets)
+        return {str(target): values[targets == target] for target in sorted(set(self.targets))}
+
+    def described(self, values: np.ndarray) -> dict[str, Any]:
+        """Median and interquartile range of values (P,), overall and by target."""
+        parts = {target: spread(part) for target, part in self.by_target(values).items()}
+        return spread(values) | {"by_target": parts}
+
+
+def spread(values: Sequence[float] | np.ndarray) -> dict[str, float]:
+    """Median and interquartile range.
+
+    >>> spread([1.0, 2.0, 3.0, 4.0, 10.0])
+    {'median': 3.0, 'iqr': 2.0}
+    """
+    low, median, high = np.quantile(values, (0.25, 0.5, 0.75)).tolist()
+    return {"median": median, "iqr": high - low}
+
+
+def summary(measured: Measured) -> dict[str, Any]:
+    best = max(measured.rates, key=lambda shape: measured.rates[shape])
+    slicing = {OURS: measured.medians(measured.slicing)}
+    slicing |= {name: measured.phase(name, "slicing") for name in ("A", "B") if name in measured.images}
+    return {
+        "systems": {name: system_row(measured, name) for name in measured.images},
+        "times_as_fast": {
+            ours: {name: compared(measured, ours, name) for name in measured.images if name not in (OURS, OURS_FP32)}
+            for ours in (OURS, OURS_FP32)
+        },
+        "slicing_ms": {name: measured.described(1000 * seconds) for name, seconds in slicing.items()},
+        "slicing_times_as_fast": {name: spread(slicing[name] / slicing[OURS]) for name in slicing if name != OURS},
+        "floor": {
+            "gmacs_per_second": measured.rate / 1e9,
+            "shape": best._asdict() | {"dtype": _dtype_name(best.dtype)},
+            "best_by_dtype": {
+                _dtype_name(dtype): max(rate for shape, rate in measured.rates.items() if shape.dtype == dtype) / 1e9
+                for dtype in {shape.dtype: None for shape in measured.rates}
+            },
+            "seconds_of_a_policy": measured.described(measured.floor(OURS)),
+        },
+    }
+
+
+def system_row(measured: Measured, name: str) -> dict[str, Any]:
+    seconds, images = measured.seconds(name), measured.images[name]
+    median = float(np.median(seconds))
+    phases = ("slicing", "recalibration", "evaluation")
+    return {
+        "seconds_a_policy": measured.described(seconds) | {"total": float(seconds.sum())},
+        "policies_per_second": {"from_median": 1 / median, "from_total": len(seconds) / float(seconds.sum())},
+        "images_a_policy": images,
+        "images_per_second": images / median,
+        "part_of_floor": measured.described(measured.floor(name) / seconds),
+        "phase_seconds": {phase: spread(measured.phase(name, phase)) for phase in phases},
+        "mean_top1": {target: float(top1.mean()) for target, top1 in measured.by_target(measured.top1(name)).items()},
+    }
+
+
+def compared(measured: Measured, ours: str, other: str) -> dict[str, Any]:
+    """How many times as fast ours is: the other's seconds divided by ours, of the medians and policy by policy."""
+    first, second = measured.seconds(ours), measured.seconds(other)
+    return {"of_medians": float(np.median(second) / np.median(first)), "of_pairs": measured.described(second / first)}
+
+
+def convolutions_only(subject: Subject, measured: Measured) -> dict[str, Any]:
+    """From the floor to ours, on a few policies: thin layers padded, layers as they are, all the rest."""
+    on_gpu = subject.device.type == "cuda"
+    batch = min(GPU_EVALUATION_BATCH if on_gpu else EVALUATION_BATCH, len(subject.validation))
+    threads = 1 if on_gpu else torch.get_num_threads()
+    image = torch.zeros(1, *subject.validation.image_shape, device=subject.device)
+    layers = [
+        layer_times(slice_model(subject.model, subject.groups, one.policy), image, subject.precision, batch, threads)
+        for one in measured.drawn[:CONVOLVED]
+    ]
+    images, count = measured.images[OURS], len(layers)
+    padded = [sum(layer.macs * layer.padded / layer.outputs for layer in network) for network in layers]
+    alone = np.array([images * sum(layer.seconds for layer in network) for network in layers])
+    ours = measured.seconds(OURS)[:count]
+    return {
+        "policies": count,
+        "batch": batch,
+        "threads": threads,
+        "seconds_a_policy": {
+            "floor": float(np.median(measured.floor(OURS)[:count])),
+            f"floor_padded_to_{LANES}": float(np.median([floor_seconds(m, images, measured.rate) for m in padded])),
+            "convolutions_only": float(np.median(alone)),
+            "ours": float(np.median(ours)),
+        },
+        "part_of_ours": spread(alone / ours),
+        "gmacs_per_second_by_padded_outputs": _rates_by_width([layer for network in layers for layer in network]),
+    }
+
+
+def _rates_by_width(layers: Sequence[LayerTime]) -> dict[str, float]:
+    widths = sorted({layer.padded for layer in layers})
+    chosen = {width: [layer for layer in layers if layer.padded == width] for width in widths}
+    return {
+        str(width): sum(layer.macs for layer in same) / sum(layer.seconds for layer in same) / 1e9
+        for width, same in chosen.items()
+    }
+
+
+def agreements(measured: Measured, plain: Sequence[float]) -> dict[str, Any]:
+    """How far apart the top-1 of the systems are; plain PyTorch in fp32 scored the first policies only."""
+    top1 = {name: measured.top1(name) for name in measured.images}
+    pairs = [(OURS, OURS_FP32), *((OURS, name) for name in ("A", "B", "A stale") if name in top1)]
+    found = {f"{a} and {b}": agreement(top1[a], top1[b], measured.targets) for a, b in pairs}
+    for name in (OURS, OURS_FP32):
+        found[f"{name} and plain fp32"] = agreement(top1[name][: len(plain)], np.array(plain), measured.targets)
+    return found
+
+
+def agreement(first: np.ndarray, second: np.ndarray, targets: Sequence[float]) -> dict[str, Any]:
+    """Differences of top-1 and rank correlations (Kendall's tau-b, Spearman's rho), overall and within each target.
+
+    Args:
+        first: (P,) top-1 in [0, 1].
+        second: (P,), of the same policies.
+        targets: of the policies; more are not looked at.
+    """
+    difference, target_of = np.abs(first - second), np.array(targets[: len(first)])
+    within = {
+        str(target): _rank_correlations(first[target_of == target], second[target_of == target])
+        for target in sorted(set(target_of.tolist()))
+    }
+    return {
+        "policies": len(first),
+        "mean_difference": float(difference.mean()),
+        "largest_difference": float(difference.max()),
+        **_rank_correlations(first, second),
+        "within_target": within,
+    }
+
+
+def _rank_correlations(first: np.ndarray, second: np.ndarray) -> dict[str, float | None]:
+    """None where one side has a single value: there is no order to agree on."""
+    if min(len(set(first.tolist())), len(set(second.tolist()))) < 2:
+        return {"kendall": None, "spearman": None}
+    correlations = stats.kendalltau(first, second), stats.spearmanr(first, second)
+    return dict(zip(("kendall", "spearman"), (float(one.statistic) for one in correlations), strict=True))
+
+
+def raw(measured: Measured, plain: Sequence[float]) -> dict[str, Any]:
+    """Every single measurement; seconds are repeat by repeat (R * P,), the rest (P,)."""
+    return {
+        "target": measured.targets,
+        "macs": [one.cost.macs for one in measured.drawn],
+        "keep_counts": [list(one.policy.counts.values()) for one in measured.drawn],
+        "seconds": {name: [round(one.seconds, 6) for one in seen] for name, seen in measured.observations.items()},
+        "slice_model_seconds": [round(seconds, 6) for seconds in measured.slicing],
+        "top1": {name: measured.top1(name).tolist() for name in measured.images} | {"plain fp32": list(plain)},
+        "gmacs_per_second": {
+            f"{_dtype_name(shape.dtype)} {shape.channels} channels, {shape.pixels} px, batch {shape.batch}": round(
+                rate / 1e9, 1
+            )
+            for shape, rate in measured.rates.items()
+        },
+    }
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# showing --------------------------------------------------------------------------------------------------------------
+
+
+def show(result: Mapping[str, Any]) -> None:
+    """The tables of a result."""
+    targets = list(result["systems"][OURS]["seconds_a_policy"]["by_target"])
+    rows = []
+    for name, row in result["systems"].items():
+        seconds = row["seconds_a_policy"]
+        faster = result["times_as_fast"][OURS].get(name)
+        rows.append(
+            [
+                name,
+                f"{row['policies_per_second']['from_median']:.2f}",
+                f"{row['images_per_second']:,.0f}",
+                f"{seconds['median']:.3f} ({seconds['iqr']:.3f})",
+                *(f"{seconds['by_target'][target]['median']:.3f}" for target in targets),
+                percent(row["part_of_floor"]["median"]),
+                f"{faster['of_medians']:.2f}, {faster['of_pairs']['median']:.2f}" if faster else "-",
+            ]
+        )
+    columns = ["system", "policies/s", "images/s", "s a policy (IQR)", *(f"at {target}" for target in targets)]
+    count, images = result["settings"]["policies"], result["systems"][OURS]["images_a_policy"]
+    title = f"{count} policies, {images} images each on {result['settings']['device']}; ours is so many times as fast"
+    console.print(table(title, [*columns, "of floor, %", "ours: medians, pairs"], rows))
+    show_details(result)
+
+
+def show_details(result: Mapping[str, Any]) -> None:
+    floor, convolved = result["floor"], result["convolutions_only"]
+    shape = ", ".join(f"{key} {value}" for key, value in floor["shape"].items())
+    console.print(f"floor: {floor['gmacs_per_second']:.0f} GMAC/s ({shape})")
+    steps = ", ".join(f"{name} {seconds:.3f}" for name, seconds in convolved["seconds_a_policy"].items())
+    console.print(f"seconds a policy, median of {convolved['policies']}: {steps}")
+    phases = result["systems"][OURS]["phase_seconds"]
+    console.print("ours, s: " + ", ".join(f"{phase} {found['median']:.4f}" for phase, found in phases.items()))
+    slicing = ", ".join(f"{name} {found['median']:.2f}" for name, found in result["slicing_ms"].items())
+    console.print(f"slicing alone, ms: {slicing}")
+    rows = [
+        [
+            pair,
+            found["policies"],
+            percent(found["mean_difference"]),
+            percent(found["largest_difference"]),
+            *(
+                ", ".join("-" if one[key] is None else f"{one[key]:.2f}" for key in ("kendall", "spearman"))
+                for one in (found, *found["within_target"].values())
+            ),
+        ]
+        for pair, found in result["agreement"].items()
+    ]
+    within = next(iter(result["agreement"].values()))["within_target"]
+    columns = ["top-1 of", "policies", "mean, %", "largest, %", "tau, rho", *(f"at {target}" for target in within)]
+    console.print(table("agreement of scores: differences and rank correlations", columns, rows))
+    for name, reason in result["left_out"].items():
+        console.print(f"{name} left out: {reason}")
+
+
+if __name__ == "__main__":
+    run_command(main)
