@@ -27,7 +27,8 @@ from benchmarks.peers import (
     dropped_entries,
     layer_times,
 )
-from benchmarks.search_speed import Subject, agreement, check_peers, draw_policies, floor_seconds, in_turn, spread
+from benchmarks.search_speed import Subject, check_peers, draw_policies, in_turn
+from benchmarks.speed_summary import agreement, floor_seconds, spread
 from cacp.cost import counted_cost
 from cacp.evaluation import recalibrate_batchnorm, resolve_precision
 from cacp.graph import trace
