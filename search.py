@@ -15,7 +15,7 @@ from stable_baselines3.common.logger import Logger
 
 from agents import ConditionalDDPG, EpisodeEnd, RandomSearch, Searcher
 from cacp.budget import check_reachable, even_ratio, reachable_fractions, uniform_counts
-from cacp.checkpoint import load_state, load_tensors, save_state, save_tensors
+from cacp.checkpoint import load_state, load_tensors, save_json, save_state, save_tensors
 from cacp.config import Experiment, experiment_from, parse
 from cacp.cost import CostModel
 from cacp.history import Episode, History, target_budgets
@@ -68,7 +68,8 @@ def main() -> None:
             ranked = Ranked(build_workbench(experiment, profile), experiment.criterion)
         search(experiment, ranked, budgets, profile)
     show_policies(experiment.folder, names)
-    if namespace.profile:
+    if namespace.profile and profile.seconds:
+        save_json(experiment.folder / "search" / "profile.json", profile.seconds)
         show_profile(profile)
 
 
