@@ -49,13 +49,13 @@ from cacp.slicing import counts_policy
 from envs import ChannelPruningEnv
 from search import make_agent, make_profile, play
 
-BASE = {"depth": 56, "images": 2000, "targets": 3, "episodes": 40, "scored": True}
+BASE = {"depth": 56, "images": 2000, "targets": 3, "episodes": 16, "scored": True}
 WARM_UP = 4  # episodes at random, not counted
 AXES: dict[str, list[dict[str, Any]]] = {
     "depth": [{"depth": depth} for depth in (20, 32, 44, 56, 110)],
     "images": [{"images": images} for images in (500, 1000, 2000, 4000, 8000)],
-    "targets": [{"targets": targets, "episodes": 48} for targets in (1, 3, 6, 12)],
-    "episodes": [{"episodes": episodes, "scored": False} for episodes in (300, 600, 1200, 2400)],
+    "targets": [{"targets": targets, "episodes": 24} for targets in (1, 3, 6, 12)],
+    "episodes": [{"episodes": episodes, "scored": False} for episodes in (250, 500, 1000, 2000)],
 }
 LAST = 100  # episodes whose median is taken on the axis of episodes
 PHASES = ("slicing", "recalibration", "evaluation", "agent's updates", "environment and actions", "records")

@@ -15,6 +15,7 @@ from test_scoring import NORMALISATION, random_images
 from torch import Tensor, nn
 
 from benchmarks import search_speed
+from benchmarks.fewer_images import images_needed, raced
 from benchmarks.peers import (
     PlainImages,
     Shape,
@@ -284,3 +285,15 @@ def test_what_the_peers_cannot_prune_is_refused(tmp_path: Path, monkeypatch: pyt
 def test_no_policies_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="policies and repeats must be at least 1, but got policies=0, repeats=1"):
         run_command(monkeypatch, tmp_path / "speed.json", "--policies=0")
+
+
+def test_a_race_drops_what_cannot_win() -> None:
+    rival = np.tile([1.0, 1.0, 1.0, 0.0], 500)  # 75 %
+    worse = np.tile([1.0, 0.0, 1.0, 0.0], 500)  # 50 %: 0.25 +- 0.0274 below after 250 images
+    assert images_needed(worse, rival, 3.0, 250) == 250
+    assert images_needed(worse, rival, 10.0, 250) == 500  # 10 * 0.0194 < 0.25 < 10 * 0.0274
+    assert images_needed(rival, worse, 3.0, 250) == 2000
+    assert images_needed(worse, None, 3.0, 250) == 2000
+    result = raced(np.array([0.5, 0.5]), np.stack([rival, worse]), best=1, errors=3.0, step=250)
+    assert result["part_of_images"] == (2000 + 250) / 2 / 2000
+    assert result["correlations"]["0.5"] == {"spearman": 1.0, "kendall": 1.0}

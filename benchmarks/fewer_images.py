@@ -1,0 +1,184 @@
+"""How well scores from fewer images rank policies, and what becomes of the policies that a search finds with them.
+
+    python -m benchmarks.fewer_images RUN --searches MANY FEW [MANY FEW ...] --result results/fewer_images.json
+
+RUN is a finished search: some of its policies, spread over all its episodes, are scored with each number of calibration
+images, and their answers on every validation image are kept. From these come, for each target: Spearman's and Kendall's
+correlation of top-1 with that of all images; and races: a policy is dropped after a round of images when the upper bound
+of its top-1 minus that of the K-th best so far, on the images seen, lies below 0 (mean difference + z standard errors);
+its score is the other's plus that difference. --searches are pairs of runs of equal seeds, with all calibration images
+and with few: top-1 of their policies on the images that did not choose them.
+
+Letters: P policies, V validation images.
+"""
+
+import argparse
+import csv
+import itertools
+import statistics
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import yaml
+from scipy import stats
+
+from benchmarks.summarise import portable
+from cacp.checkpoint import save_json
+from cacp.config import Experiment
+from cacp.data import normalise
+from cacp.evaluation import device_of, resolve_precision
+from cacp.fusion import FusedNetwork
+from cacp.history import Episode
+from cacp.importance import channel_orders
+from cacp.pipeline import build_workbench, environment, load_splits, run_command
+from cacp.policies import load_policies
+from cacp.scoring import CALIBRATION_BATCH, EVALUATION_BATCH
+from cacp.slicing import counts_policy, slice_model
+
+BATCHES = (8, 4, 2, 1)  # of CALIBRATION_BATCH images; the first are all
+VALIDATION = (250, 500, 1000, 1500)  # images
+RACES = tuple(itertools.product((1, 3, 10), (1.5, 2.0, 3.0), (250, 500)))  # K, z, images of a round
+
+
+class Answers(NamedTuple):
+    """Right or wrong of every policy on every validation image, by number of calibration batches."""
+
+    targets: np.ndarray  # (P,)
+    right: dict[int, np.ndarray]  # (P, V) of 0 and 1, policies in the order of their episodes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="run folder of a finished search")
+    parser.add_argument("--policies", type=int, default=120)
+    parser.add_argument("--searches", nargs="*", type=Path, default=[], help="run folders: MANY FEW MANY FEW ...")
+    parser.add_argument("--result", required=True, type=Path, help="JSON file to write")
+    arguments = parser.parse_args()
+    experiment = experiment_of(arguments.run)
+    answers = collected(experiment, arguments.policies)
+    full = answers.right[BATCHES[0]]
+    result = {
+        "policies": len(answers.targets),
+        "top1_of_all_images": {
+            name: [float(part.mean()), float(part.std())]
+            for name, part in by_target(answers.targets, full.mean(1)).items()
+        },
+        "calibration": {
+            str(count * CALIBRATION_BATCH): correlations(answers.targets, full.mean(1), right.mean(1))
+            for count, right in answers.right.items()
+        },
+        "validation": {
+            str(count): correlations(answers.targets, full.mean(1), full[:, :count].mean(1)) for count in VALIDATION
+        },
+        "races": [raced(answers.targets, full, *race) for race in RACES],
+        "searches": [compared(*pair) for pair in zip(arguments.searches[::2], arguments.searches[1::2], strict=True)],
+        "environment": environment(experiment.seed),
+    }
+    save_json(arguments.result, portable(result))
+    for name, value in result.items():
+        print(name, value)
+
+
+def experiment_of(run: Path) -> Experiment:
+    return Experiment(**{**yaml.safe_load((run / "config.yaml").read_text()), "output": str(run)})
+
+
+def collected(experiment: Experiment, policies: int) -> Answers:
+    """Score policies of a run, spread evenly over its episodes."""
+    bench, splits = build_workbench(experiment), load_splits(experiment)
+    model, normalisation = bench.dense.model, bench.dense.normalisation
+    device = device_of(model)
+    network = FusedNetwork(model, bench.dense.example, resolve_precision(experiment.precision, device))
+    calibration, validation = (
+        [
+            normalise(data.batch(part), normalisation, device).contiguous(memory_format=torch.channels_last)
+            for part in torch.arange(len(data)).split(size)
+        ]
+        for data, size in ((splits.calibration, CALIBRATION_BATCH), (splits.validation, EVALUATION_BATCH))
+    )
+    with (experiment.folder / "search" / "episodes.csv").open(newline="") as file:
+        episodes = [Episode.from_row(row) for row in csv.DictReader(file)]
+    chosen = [episodes[index] for index in np.linspace(0, len(episodes) - 1, policies).astype(int)]
+    orders = channel_orders(bench.importance(experiment.criterion))
+    right: dict[int, list[np.ndarray]] = {count: [] for count in BATCHES}
+    for episode in chosen:
+        policy = counts_policy(bench.groups, episode.counts, orders, experiment.criterion)
+        network.load(slice_model(model, bench.groups, policy))
+        moments = [network.moments(batch) for batch in calibration]
+        for count in BATCHES:
+            network.set_statistics(moments[:count])
+            given = torch.cat([network(batch).argmax(1).cpu() for batch in validation])
+            right[count].append((given == splits.validation.labels).numpy().astype(float))
+    return Answers(
+        np.array([episode.target for episode in chosen]), {count: np.stack(rows) for count, rows in right.items()}
+    )
+
+
+def by_target(targets: np.ndarray, values: np.ndarray) -> dict[str, np.ndarray]:
+    return {str(target): values[targets == target] for target in sorted(set(targets.tolist()))}
+
+
+def correlations(targets: np.ndarray, full: np.ndarray, other: np.ndarray) -> dict[str, dict[str, float]]:
+    """Rank correlations of two scores (P,), within each target and over all."""
+    parts = by_target(targets, np.stack([full, other], 1)) | {"all": np.stack([full, other], 1)}
+    return {
+        name: {
+            "spearman": round(float(stats.spearmanr(part).statistic), 3),
+            "kendall": round(float(stats.kendalltau(*part.T).statistic), 3),
+        }
+        for name, part in parts.items()
+    }
+
+
+def raced(targets: np.ndarray, right: np.ndarray, best: int, errors: float, step: int) -> dict[str, Any]:
+    """Rank correlation of a race's top-1 with that of all images, and the part of the images that it needs."""
+    scores, used = np.zeros(len(targets)), np.zeros(len(targets))
+    for target in set(targets.tolist()):
+        leaders: list[np.ndarray] = []  # answers of the best so far, the best first
+        for index in np.flatnonzero(targets == target):
+            rival = leaders[best - 1] if len(leaders) >= best else None
+            seen = images_needed(right[index], rival, errors, step)
+            scores[index], used[index] = right[index, :seen].mean(), seen
+            if seen == right.shape[1]:
+                leaders = sorted([*leaders, right[index]], key=lambda row: -row.mean())[:best]
+            elif rival is not None:
+                scores[index] += rival.mean() - rival[:seen].mean()  # its images may have been easy ones
+    return {
+        "best": best,
+        "standard_errors": errors,
+        "images_a_round": step,
+        "part_of_images": float(used.mean() / right.shape[1]),
+        "correlations": correlations(targets, right.mean(1), scores),
+    }
+
+
+def images_needed(own: np.ndarray, rival: np.ndarray | None, errors: float, step: int) -> int:
+    """Images after which a policy is dropped; all where it is not. own, rival: (V,) of 0 and 1."""
+    for seen in range(step, len(own), step) if rival is not None else ():
+        difference = own[:seen] - rival[:seen]
+        if difference.mean() + errors * difference.std(ddof=1) / seen**0.5 < 0:
+            return seen
+    return len(own)
+
+
+def compared(many: Path, few: Path) -> dict[str, Any]:
+    """Top-1 on the images that did not choose them, of the policies of two searches that differ in calibration only."""
+    runs = {name: experiment_of(run) for name, run in (("many", many), ("few", few))}
+    found = {
+        name: {record.budget.name: record.score.top1 for record in load_policies(experiment.folder)}
+        for name, experiment in runs.items()
+    }
+    return {
+        "seed": runs["many"].seed,
+        "episodes": runs["many"].episodes,
+        "images": {name: experiment.search_calibration_images for name, experiment in runs.items()},
+        "top1": found,
+        "points_few_minus_many": 100
+        * statistics.mean(found["few"][budget] - found["many"][budget] for budget in found["many"]),
+    }
+
+
+if __name__ == "__main__":
+    run_command(main)
