@@ -4,7 +4,7 @@
 
 RUN is a finished search: some of its policies, spread over all its episodes, are scored with each number of calibration
 images, and their answers on every validation image are kept. From these come, for each target: Spearman's and Kendall's
-correlation of top-1 with that of all images; and races: a policy is dropped after a round of images when the upper bound
+correlation of top-1 with that of all images; and races: a policy is dropped after a round of images if the upper bound
 of its top-1 minus that of the K-th best so far, on the images seen, lies below 0 (mean difference + z standard errors);
 its score is the other's plus that difference. --searches are pairs of runs of equal seeds, with all calibration images
 and with few: top-1 of their policies on the images that did not choose them.

@@ -16,9 +16,9 @@ from conftest import Net, assert_equal_weights, lively, random_policy, resnet20,
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from cacp import fusion
 from cacp.evaluation import recalibrate_batchnorm, resolve_precision
-from cacp.fusion import FusedNetwork, Moments, Unfusable, _mean_and_variance
+from cacp.fusion import FusedNetwork, Moments, Unfusable, units
+from cacp.fusion.units import mean_and_variance
 from cacp.graph import trace
 from cacp.schema import UserError
 from cacp.slicing import slice_model
@@ -338,7 +338,7 @@ def test_networks_that_do_not_run_when_fused_are_refused(monkeypatch: pytest.Mon
     def broken(*arguments: object) -> Tensor:
         raise RuntimeError("unsupported datatype")
 
-    monkeypatch.setattr(fusion, "_affine", broken)
+    monkeypatch.setattr(units, "_affine", broken)
     with pytest.raises(Unfusable, match=r"ResNet cannot be run .* RuntimeError: unsupported datatype"):
         FusedNetwork(resnet20(), images(1))
 
@@ -428,12 +428,12 @@ FORMATS = {
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("shape", [(3, 7, 5), (16, 8, 8)], ids=str)
 @pytest.mark.parametrize("channels", [3, 11, 16, 37, 512, 600])
-def test_mean_and_variance(channels: int, shape: tuple[int, int, int], layout: str) -> None:
+def testmean_and_variance(channels: int, shape: tuple[int, int, int], layout: str) -> None:
     count, height, width = shape
     y = 1 + torch.randn(count, channels, height, width, generator=torch.Generator().manual_seed(channels))
     for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 0.03)):  # bf16: sums of 105 rows are rounded
         values = FORMATS[layout](y.to(dtype))
-        mean, variance = _mean_and_variance(values)
+        mean, variance = mean_and_variance(values)
         assert mean.dtype == variance.dtype == torch.float32
         exact = torch.var_mean(values.double(), (0, 2, 3), correction=0)
         assert_near_moments(mean, variance, (exact[1], exact[0]), tolerance)
@@ -444,12 +444,12 @@ def test_variance_next_to_a_large_mean(ratio: float) -> None:
     y = ratio + torch.randn(64, 8, 16, 16, generator=torch.Generator().manual_seed(0))
     for dtype in (torch.float32, torch.bfloat16):
         exact = torch.var_mean(y.to(dtype).double(), (0, 2, 3), correction=0)
-        assert_near_moments(*_mean_and_variance(y.to(dtype)), (exact[1], exact[0]), 0.01)
+        assert_near_moments(*mean_and_variance(y.to(dtype)), (exact[1], exact[0]), 0.01)
 
 
-def test_mean_and_variance_of_vectors() -> None:
+def testmean_and_variance_of_vectors() -> None:
     y = 1 + torch.randn(11, 8, generator=torch.Generator().manual_seed(0))
-    mean, variance = _mean_and_variance(y)
+    mean, variance = mean_and_variance(y)
     torch.testing.assert_close(mean, y.mean(0))
     torch.testing.assert_close(variance, y.var(0, correction=0))
 

@@ -1,0 +1,192 @@
+"""What runs in place of a pattern: one module, in training statistics or folded, and its arithmetic.
+
+Letters: B images, C channels, H height, W width, N = B * H * W.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from cacp.fusion.patterns import Pattern
+
+_DIAGONAL_CHANNELS = 32  # up to here a 1x1 convolution by a diagonal matrix is faster than scale, addition and ReLU
+_ROW_ENTRIES = 512  # of the wide rows that are summed
+_PARTS = 16  # partial sums
+LARGEST_SQUARED_MEAN = 16.0  # in variances: up to here the variance is the mean square minus the squared mean
+
+
+class Moments(NamedTuple):
+    """Mean and unbiased variance of a batch norm's input over one batch: (C,) float32 each."""
+
+    mean: Tensor
+    variance: Tensor
+
+
+class Recorder(threading.local):
+    """Where the units of a pass as in training leave their moments, by position; None in evaluation."""
+
+    moments: dict[int, Moments] | None = None
+
+
+class Unit(nn.Module):
+    """A pattern as one module. The model's own modules stay outside: the unit holds references to two of them."""
+
+    def __init__(self, name: str, position: int, pattern: Pattern, recorder: Recorder) -> None:
+        super().__init__()
+        self.name = name
+        self.position = position
+        self._pattern = pattern
+        self._recorder = recorder
+        self._precision = torch.float32
+        self._modules_of_model: tuple[nn.Conv2d | None, _BatchNorm]
+        self._raw: _Convolution | None = None
+        self._folded: _Convolution | None = None
+
+    @property
+    def norm(self) -> _BatchNorm:
+        return self._modules_of_model[1]
+
+    def load(self, model: nn.Module, precision: torch.dtype) -> None:
+        self._precision, name = precision, self._pattern.convolution
+        convolution = None if name is None else model.get_submodule(name)
+        norm = model.get_submodule(self._pattern.norm)
+        assert isinstance(convolution, nn.Conv2d | None)
+        assert isinstance(norm, _BatchNorm)
+        self._modules_of_model = convolution, norm
+        if convolution is not None:
+            self._raw = _Convolution.of(convolution, convolution.weight, convolution.bias, self._precision)
+
+    def fold(self) -> None:
+        """Take the norm's running statistics into the convolution's weights."""
+        convolution, norm = self._modules_of_model
+        if convolution is None:
+            return
+        scale, shift = _scale_and_shift(norm, norm.running_mean, norm.running_var)
+        if convolution.bias is not None:
+            shift = shift + convolution.bias * scale
+        weight = convolution.weight * scale[:, None, None, None]
+        self._folded = _Convolution.of(convolution, weight, shift, self._precision)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        relu, norm = self._pattern.relu, self.norm
+        if self._recorder.moments is not None:
+            y = x if self._raw is None else self._raw(x.to(self._precision))
+            self._recorder.moments[self.position], result = _normalised(y, norm, residual, relu)
+            return result
+        if self._folded is not None:
+            return self._folded(x.to(self._precision), residual, relu)
+        return _affine(x, norm, norm.running_mean, norm.running_var, residual, relu)
+
+
+class _Convolution(NamedTuple):
+    """A convolution's tensors as they are run, and its geometry."""
+
+    weight: Tensor  # (C, inputs / groups, kernel, kernel), channels last, in the precision
+    bias: Tensor | None  # (C,)
+    stride: tuple[int, ...] = (1, 1)
+    padding: tuple[int, ...] = (0, 0)
+    dilation: tuple[int, ...] = (1, 1)
+    groups: int = 1
+
+    @classmethod
+    def of(cls, module: nn.Conv2d, weight: Tensor, bias: Tensor | None, precision: torch.dtype) -> _Convolution:
+        assert not isinstance(module.padding, str)
+        weight = weight.detach().to(precision, memory_format=torch.channels_last)
+        bias = None if bias is None else bias.detach().to(precision)
+        return cls(weight, bias, module.stride, module.padding, module.dilation, module.groups)
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+        """ReLU of (convolution of x (B, inputs, H, W) plus residual): (B, C, H', W'), what is asked for of it."""
+        weight, bias, stride, padding, dilation, groups = self
+        if _has_onednn(x) and residual is None:
+            unary = "relu" if relu else "none"
+            return _onednn(x, weight, bias, padding, stride, dilation, groups, unary, [], None)
+        if residual is not None and _has_onednn(x) and groups == 1 and residual.dtype == x.dtype:
+            x = x.contiguous(memory_format=torch.channels_last)  # else oneDNN may leave the addition to PyTorch
+            unary_or_none = "relu" if relu else None
+            return _onednn(
+                x, residual, weight, bias, padding, stride, dilation, groups, "add", 1.0, unary_or_none, [], None
+            )
+        return _finished(F.conv2d(x, weight, bias, stride, padding, dilation, groups), residual, relu)
+
+
+# arithmetic -----------------------------------------------------------------------------------------------------------
+
+_onednn = torch.ops.mkldnn._convolution_pointwise  # torch.compile's own fused convolution; oneDNN's post-operations
+
+
+def _has_onednn(x: Tensor) -> bool:
+    return x.device.type == "cpu" and torch.backends.mkldnn.is_available()
+
+
+def _finished(y: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    """y plus residual, then ReLU; y is overwritten."""
+    if residual is not None:
+        y += residual
+    return y.relu_() if relu else y
+
+
+def _scale_and_shift(norm: _BatchNorm, mean: Tensor | None, variance: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Batch norm as scale * y + shift: (C,) each."""
+    assert mean is not None and variance is not None
+    scale = torch.rsqrt(variance + norm.eps)
+    if norm.weight is not None:
+        scale = scale * norm.weight
+    shift = -mean * scale
+    return scale, shift if norm.bias is None else shift + norm.bias
+
+
+def _affine(
+    y: Tensor, norm: _BatchNorm, mean: Tensor | None, variance: Tensor | None, residual: Tensor | None, relu: bool
+) -> Tensor:
+    """Batch norm of y (B, C, ...) with these statistics, plus residual, then ReLU."""
+    channels = y.shape[1]
+    if _has_onednn(y) and y.dim() == 4 and channels <= _DIAGONAL_CHANNELS:
+        scale, shift = (tensor.to(y.dtype) for tensor in _scale_and_shift(norm, mean, variance))
+        return _Convolution(torch.diag(scale)[:, :, None, None], shift)(y, residual, relu)
+    normalised = F.batch_norm(y, mean, variance, norm.weight, norm.bias, False, 0.0, norm.eps)
+    return _finished(normalised, residual, relu)
+
+
+def _normalised(y: Tensor, norm: _BatchNorm, residual: Tensor | None, relu: bool) -> tuple[Moments, Tensor]:
+    """Batch norm of y (B, C, ...) with its own statistics, plus residual, then ReLU; and the statistics."""
+    count = y.numel() // y.shape[1]  # N
+    unbiased = count / max(count - 1, 1)
+    if y.device.type == "cpu":
+        mean, variance = mean_and_variance(y)
+        result = _affine(y, norm, mean, variance, residual, relu)
+    else:
+        result, mean, deviation = torch.native_batch_norm(y, norm.weight, norm.bias, None, None, True, 0.0, norm.eps)
+        variance = deviation.square().reciprocal() - norm.eps
+        result = _finished(result, residual, relu)
+    return Moments(mean, variance * unbiased), result
+
+
+def mean_and_variance(y: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of y (B, C, ...) over all but the channels: (C,) float32 each."""
+    channels = y.shape[1]
+    rows = y.movedim(1, -1).reshape(-1, channels)  # (N, C); a view where channels are last in memory
+    width = _power_of_two(len(rows), _ROW_ENTRIES // channels)  # pixels side by side: sums of short rows are slow
+    parts = _power_of_two(len(rows) // width, _PARTS)
+    wide = rows.reshape(parts, -1, width * channels)  # (P, N / width / P, width * C)
+    # Sums are made in float32 and rounded to y's precision once; the errors of many partial sums cancel.
+    sums = torch.stack([wide.sum(1), wide.square().sum(1)]).float()  # (2, P, width * C)
+    mean, square = sums.view(2, parts * width, channels).sum(1) / len(rows)
+    variance = square - mean.square()
+    if bool((mean.square() > LARGEST_SQUARED_MEAN * variance).any()):  # the difference has lost too many digits
+        variance, mean = torch.var_mean(rows.float(), 0, correction=0)
+    return mean, variance
+
+
+def _power_of_two(number: int, limit: int) -> int:
+    """The largest power of two that divides a number and is at most `limit`; at least 1."""
+    power = 1
+    while number % (2 * power) == 0 and 2 * power <= limit:
+        power *= 2
+    return power
