@@ -8,17 +8,14 @@ best policy of every target. Run again, it goes on from the last checkpoint, or 
 """
 
 import sys
-import time
 
 import torch
-from stable_baselines3.common.logger import Logger
 
-from agents import ConditionalDDPG, EpisodeEnd, RandomSearch, Searcher
+from agents import ConditionalDDPG, RandomSearch, Searcher
 from cacp.budget import check_reachable, even_ratio, reachable_fractions, uniform_counts
-from cacp.checkpoint import load_state, load_tensors, save_json, save_state, save_tensors
+from cacp.checkpoint import load_state, load_tensors, save_json, save_tensors
 from cacp.config import Experiment, experiment_from, parse
-from cacp.cost import CostModel
-from cacp.history import Episode, History, target_budgets
+from cacp.history import History, target_budgets
 from cacp.importance import channel_orders
 from cacp.pipeline import (
     Workbench,
@@ -30,24 +27,20 @@ from cacp.pipeline import (
 )
 from cacp.policies import missing_policies, save_policy
 from cacp.profiling import Profile
+from cacp.records import play
 from cacp.reporting import (
-    ProgressLine,
     console,
-    log_best_policy,
-    log_episode,
     millions,
     percent,
-    search_logger,
     show_policies,
     show_profile,
     table,
 )
 from cacp.reward import top1_reward
-from cacp.schema import Budget, ChannelGroups, Policy, PolicyRecord, Score, UserError
+from cacp.schema import Budget, Policy, PolicyRecord, Score, UserError
 from cacp.slicing import counts_policy
 from envs import ChannelPruningEnv, EpisodeResult
 
-CHECKPOINT_EPISODES = 10  # a kill loses at most so many episodes
 REPLAY_EPISODES = 100  # as in the paper
 RESCORED = 10  # best policies of a target that are scored again: maxima over noisy scores are biased
 
@@ -59,18 +52,25 @@ def main() -> None:
     if namespace.ask is not None:
         ask(experiment, namespace.ask)
         return
+    profile = make_profile(device) if namespace.profile else Profile()
+    with profile.phase("other"):
+        run(experiment, profile)
+    if namespace.profile:
+        if "preparation" in profile.seconds:  # else all was done before
+            save_json(experiment.folder / "search" / "profile.json", profile.seconds)
+        show_profile(profile)
+
+
+def run(experiment: Experiment, profile: Profile) -> None:
+    """The whole command, but what is done already."""
     open_run(experiment)
     budgets = target_budgets(experiment.targets)
     names = [budget.name for budget in budgets]
-    profile = make_profile(device)
     if missing_policies(experiment.folder, names, method_name(experiment)):
         with profile.phase("preparation"):
             ranked = Ranked(build_workbench(experiment, profile), experiment.criterion)
         search(experiment, ranked, budgets, profile)
     show_policies(experiment.folder, names)
-    if namespace.profile and profile.seconds:
-        save_json(experiment.folder / "search" / "profile.json", profile.seconds)
-        show_profile(profile)
 
 
 class Ranked:
@@ -92,7 +92,7 @@ class Ranked:
 
 
 def make_profile(device: torch.device) -> Profile:
-    """A profile that waits for the GPU: three times an episode, next to thousands of launches."""
+    """A profile that waits for the device at both ends of every phase."""
     return Profile(lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else Profile()
 
 
@@ -112,7 +112,7 @@ def search(experiment: Experiment, ranked: Ranked, budgets: list[Budget], profil
         console.print(f"going on after episode {finished} of {experiment.episodes}")
     history = History(folder / "episodes.csv", bench.cost_model.dense, budgets, finished)
     with profile.phase("environment and actions"):
-        play(experiment, bench.groups, agent, history, profile)
+        play(folder, experiment.episodes, bench.groups, agent, history, profile)
     with profile.phase("scoring again"):
         save_tensors(folder / "agent" / "networks.safetensors", agent.policy_state())
         for budget in budgets:
@@ -132,87 +132,6 @@ def make_agent(experiment: Experiment, env: ChannelPruningEnv, groups: int) -> S
         seed=experiment.seed,
         warmup_episodes=experiment.warmup_episodes,
         replay_transitions=REPLAY_EPISODES * groups,
-    )
-
-
-def play(experiment: Experiment, groups: ChannelGroups, agent: Searcher, history: History, profile: Profile) -> None:
-    """The episodes that are left, each written down."""
-    finished = len(history.episodes)
-    logger = search_logger(experiment.folder / "search", finished + 1)
-    agent.set_logger(logger)
-    with ProgressLine("search", experiment.episodes, finished) as progress:
-        records = Records(experiment, groups, agent, history, logger, progress, profile)
-        try:
-            agent.run(experiment.episodes - finished, records.add)
-        finally:
-            logger.close()
-
-
-class Records:
-    """What is written down of every episode: episodes.csv, TensorBoard, the progress line; a checkpoint every few."""
-
-    def __init__(
-        self,
-        experiment: Experiment,
-        groups: ChannelGroups,
-        agent: Searcher,
-        history: History,
-        logger: Logger,
-        progress: ProgressLine,
-        profile: Profile,
-    ) -> None:
-        self._experiment = experiment
-        self._groups = groups
-        self._cost_model = CostModel(groups)
-        self._agent = agent
-        self._history = history
-        self._logger = logger
-        self._progress = progress
-        self._profile = profile
-        self._clock = time.monotonic()
-        self._shown: dict[str, tuple[int, ...]] = {}  # best policies whose figure is in TensorBoard
-
-    def add(self, end: EpisodeEnd) -> None:
-        """Take a finished episode, its updates included."""
-        self._profile.move("agent's updates", end.update_seconds)
-        with self._profile.phase("records"):
-            now = time.monotonic()
-            episode = finished_episode(end, now - self._clock)
-            self._clock = now
-            self._history.append(episode)
-            checkpoint = end.episode == self._experiment.episodes or end.episode % CHECKPOINT_EPISODES == 0
-            self._log(episode, figures=checkpoint)  # before the checkpoint: a resumed search drops what comes after it
-            if checkpoint:
-                tensors, data = self._agent.state()
-                folder = self._experiment.folder / "search" / "checkpoint"
-                save_state(folder, tensors, {"episode": end.episode, "agent": data})
-            bests = (f"{name} {100 * row.top1:.1f} %" for name, row in self._history.leaders.items())
-            self._progress.advance("best " + ", ".join(bests))
-
-    def _log(self, episode: Episode, figures: bool) -> None:
-        leaders, names, channels = self._history.leaders, self._cost_model.names, self._cost_model.channels.tolist()
-        leader = leaders.get(Budget({"macs": episode.target}).name, episode)
-        log_episode(self._logger, episode, names, channels, leader.top1)
-        for name, best in leaders.items() if figures else ():
-            if self._shown.get(name) != best.counts:
-                self._shown[name] = best.counts
-                log_best_policy(self._logger, self._groups, name, best)
-        self._logger.dump(episode.episode)
-
-
-def finished_episode(end: EpisodeEnd, seconds: float) -> Episode:
-    result: EpisodeResult = end.info["result"]
-    return Episode(
-        episode=end.episode,
-        target=result.budget.targets["macs"],
-        reward=result.reward,
-        top1=result.score.top1,
-        loss=result.score.loss,
-        macs=result.score.cost.macs,
-        params=result.score.cost.params,
-        noise=end.sigma,
-        seconds=seconds,
-        counts=result.counts,
     )
 
 

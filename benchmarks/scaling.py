@@ -41,13 +41,14 @@ from cacp.importance import channel_importance, channel_orders
 from cacp.models import build_model
 from cacp.pipeline import environment, select_device
 from cacp.profiling import Profile
+from cacp.records import play
 from cacp.reporting import table
 from cacp.reward import top1_reward
 from cacp.schema import ChannelGroups, Normalisation, Score
 from cacp.scoring import PolicyScorer
 from cacp.slicing import counts_policy
 from envs import ChannelPruningEnv
-from search import make_agent, make_profile, play
+from search import make_agent, make_profile
 
 BASE = {"depth": 56, "images": 2000, "targets": 3, "episodes": 16, "scored": True}
 WARM_UP = 4  # episodes at random, not counted
@@ -105,11 +106,11 @@ def measured(depth: int, images: int, targets: int, episodes: int, scored: bool,
         experiment = Experiment(
             output=folder, targets=asked, episodes=WARM_UP + episodes, warmup_episodes=WARM_UP, device=device
         )
-        history = History(Path(folder) / "search/episodes.csv", cost_model.dense, target_budgets(asked))
+        history = History(Path(folder) / "episodes.csv", cost_model.dense, target_budgets(asked))
         agent = make_agent(experiment, env, len(groups.prunable))
         preparation = time.perf_counter() - start
         with profile.phase("environment and actions"):
-            play(experiment, groups, agent, history, profile)
+            play(Path(folder), experiment.episodes, groups, agent, history, profile)
     seconds = [episode.seconds for episode in history.episodes[WARM_UP:]]
     return {
         "groups": len(groups.prunable),

@@ -87,8 +87,8 @@ class Experiment:
     )
     criterion: str = _setting("l1", POLICY, f"ranks the channels: one of {', '.join(CRITERIA)}")
     scope: str = _setting("inner", POLICY, "inner (channels inside a block) or all (residual streams too)")
-    search_calibration_images: int = _setting(
-        256, POLICY, "search: at most so many of the calibration images while searching; all of them afterwards"
+    search_calibration_images: int | None = _setting(
+        None, POLICY, "only so many of the calibration images for the scores of episodes (default: all of them)"
     )
     agent: str = _setting("cacp", POLICY, f"search: one of {', '.join(AGENTS)}")
     episodes: int = _setting(900, POLICY, "search: policies to score, all targets together")
@@ -150,7 +150,7 @@ def _wrong_numbers(experiment: Experiment) -> list[str]:
     )
     for key in (*positive, "pretrain_lr", "finetune_lr"):
         value = getattr(experiment, key)
-        if not (math.isfinite(value) and value > 0):
+        if value is not None and not (math.isfinite(value) and value > 0):
             wrong.append(f"{key} must be above 0, but got {value}")
     for key in ("seed", "warmup_episodes", "crop_padding", "weight_decay"):
         value = getattr(experiment, key)

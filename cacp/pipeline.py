@@ -283,12 +283,13 @@ def build_workbench(experiment: Experiment, profile: Profile | None = None) -> W
     groups = trace(dense.model, dense.example, experiment.scope)
     precision = resolve_precision(experiment.precision, device)
     model, calibration, normalisation = dense.model, splits.calibration, dense.normalisation
-    few = calibration.subset(torch.arange(min(experiment.search_calibration_images, len(calibration))))
+    few = min(experiment.search_calibration_images or len(calibration), len(calibration))
+    searching = calibration.subset(torch.arange(few))
     return Workbench(
         dense=dense,
         groups=groups,
         cost_model=CostModel(groups),
-        scorer=PolicyScorer(model, groups, splits.validation, few, normalisation, precision, profile),
+        scorer=PolicyScorer(model, groups, splits.validation, searching, normalisation, precision, profile),
         rescorer=PolicyScorer(model, groups, splits.holdout, calibration, normalisation),
         calibration=calibration,
         seed=experiment.seed,

@@ -93,7 +93,10 @@ class PolicyScorer:
     def _score(self, policy: Policy, cost: Cost) -> Score:
         network = self._network
         if network is None:
-            return Score(*self.evaluate(self.sliced(policy)), cost)
+            with self._profile.phase("recalibration"):
+                sliced = self.sliced(policy)
+            with self._profile.phase("evaluation"):
+                return Score(*self.evaluate(sliced), cost)
         with self._profile.phase("slicing"):
             network.load(slice_model(self._model, self._groups, policy))
         with self._profile.phase("recalibration"):

@@ -428,7 +428,7 @@ FORMATS = {
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("shape", [(3, 7, 5), (16, 8, 8)], ids=str)
 @pytest.mark.parametrize("channels", [3, 11, 16, 37, 512, 600])
-def testmean_and_variance(channels: int, shape: tuple[int, int, int], layout: str) -> None:
+def test_mean_and_variance(channels: int, shape: tuple[int, int, int], layout: str) -> None:
     count, height, width = shape
     y = 1 + torch.randn(count, channels, height, width, generator=torch.Generator().manual_seed(channels))
     for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 0.03)):  # bf16: sums of 105 rows are rounded
@@ -447,7 +447,7 @@ def test_variance_next_to_a_large_mean(ratio: float) -> None:
         assert_near_moments(*mean_and_variance(y.to(dtype)), (exact[1], exact[0]), 0.01)
 
 
-def testmean_and_variance_of_vectors() -> None:
+def test_mean_and_variance_of_vectors() -> None:
     y = 1 + torch.randn(11, 8, generator=torch.Generator().manual_seed(0))
     mean, variance = mean_and_variance(y)
     torch.testing.assert_close(mean, y.mean(0))

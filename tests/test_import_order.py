@@ -18,7 +18,7 @@ RANKS = {
     "cacp.slicing": 3, "cacp.fusion": 3, "cacp.evaluation": 3, "cacp.training": 3, "cacp.history": 3,
     "cacp.scoring": 4, "cacp.exporting": 4,
     "cacp.methods": 5, "cacp.reporting": 5, "envs": 5, "agents": 5,
-    "cacp.config": 6, "cacp.dense": 6, "cacp.pipeline": 6,
+    "cacp.config": 6, "cacp.dense": 6, "cacp.records": 6, "cacp.pipeline": 6,
 }  # fmt: skip
 ENTRY_POINT_RANK = 7
 

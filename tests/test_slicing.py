@@ -310,3 +310,12 @@ def test_the_copy_can_be_trained_sliced_again_and_copied(keepsakes: nn.Module) -
     assert torch.equal(twice.first.weight, keepsakes.first.weight[[0, 3]])
     assert torch.equal(outputs(copy.deepcopy(twice), images().float()), outputs(twice, images().float()))
     assert torch.equal(outputs(keepsakes, images().float()), before)
+
+
+def test_attributes_that_refer_to_a_tensor_refer_to_the_copy() -> None:
+    model = Net(lambda m, x: m.out(m.hidden(x.flatten(1))), hidden=nn.Linear(12, 4), out=nn.Linear(4, 3))
+    model.tied = [model.hidden.weight]
+    groups = trace(model, torch.zeros(1, 3, 2, 2), "all")
+    sliced = slice_model(model, groups, keep_all(groups))
+    assert sliced.tied[0] is sliced.hidden.weight
+    assert sliced.tied[0] is not model.hidden.weight

@@ -15,7 +15,7 @@ from cacp.fusion.patterns import Pattern, is_call_of, module_of
 from cacp.fusion.units import Moments, Recorder, Unit
 from cacp.graph import traced
 
-CHECK_TOLERANCE = 1e-3  # of the largest logit, fused against plain PyTorch, fp32
+CHECK_TOLERANCE = 2e-2  # of the largest logit, fused against plain PyTorch; fp32 differs by 1e-6, TF32 by 1e-3
 
 
 class Unfusable(Exception):
@@ -90,6 +90,8 @@ class FusedNetwork:
             self.load(trial)
             self.set_statistics([self.moments(images.clone())])
             return self(images.clone())
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
             name = type(model).__name__
             raise Unfusable(f"{name} cannot be run with batch norm fused: {type(error).__name__}: {error}") from error

@@ -6,7 +6,8 @@ Letters: B images, C channels, H height, W width, N = B * H * W.
 from __future__ import annotations
 
 import threading
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,8 @@ from cacp.fusion.patterns import Pattern
 _DIAGONAL_CHANNELS = 32  # up to here a 1x1 convolution by a diagonal matrix is faster than scale, addition and ReLU
 _ROW_ENTRIES = 512  # of the wide rows that are summed
 _PARTS = 16  # partial sums
-LARGEST_SQUARED_MEAN = 16.0  # in variances: up to here the variance is the mean square minus the squared mean
+_MANY_SUMS = 64  # that a channel's sum is made of
+_LARGEST_SQUARED_MEAN = 16.0  # in variances: up to here the variance is the mean square minus the squared mean
 
 
 class Moments(NamedTuple):
@@ -104,25 +106,26 @@ class _Convolution(NamedTuple):
     def __call__(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
         """ReLU of (convolution of x (B, inputs, H, W) plus residual): (B, C, H', W'), what is asked for of it."""
         weight, bias, stride, padding, dilation, groups = self
-        if _has_onednn(x) and residual is None:
+        onednn = _onednn() if x.device.type == "cpu" else None
+        if onednn is not None and residual is None:
             unary = "relu" if relu else "none"
-            return _onednn(x, weight, bias, padding, stride, dilation, groups, unary, [], None)
-        if residual is not None and _has_onednn(x) and groups == 1 and residual.dtype == x.dtype:
+            return onednn.default(x, weight, bias, padding, stride, dilation, groups, unary, [], None)
+        if onednn is not None and residual is not None and groups == 1 and residual.dtype == x.dtype:
             x = x.contiguous(memory_format=torch.channels_last)  # else oneDNN may leave the addition to PyTorch
-            unary_or_none = "relu" if relu else None
-            return _onednn(
-                x, residual, weight, bias, padding, stride, dilation, groups, "add", 1.0, unary_or_none, [], None
+            last = "relu" if relu else None
+            return onednn.binary(
+                x, residual, weight, bias, padding, stride, dilation, groups, "add", 1.0, last, [], None
             )
         return _finished(F.conv2d(x, weight, bias, stride, padding, dilation, groups), residual, relu)
 
 
 # arithmetic -----------------------------------------------------------------------------------------------------------
 
-_onednn = torch.ops.mkldnn._convolution_pointwise  # torch.compile's own fused convolution; oneDNN's post-operations
 
-
-def _has_onednn(x: Tensor) -> bool:
-    return x.device.type == "cpu" and torch.backends.mkldnn.is_available()
+@cache
+def _onednn() -> Any:
+    """oneDNN's convolution with operations behind it, as torch.compile uses it; None where PyTorch has no oneDNN."""
+    return torch.ops.mkldnn._convolution_pointwise if torch.backends.mkldnn.is_available() else None
 
 
 def _finished(y: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
@@ -135,11 +138,11 @@ def _finished(y: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
 def _scale_and_shift(norm: _BatchNorm, mean: Tensor | None, variance: Tensor | None) -> tuple[Tensor, Tensor]:
     """Batch norm as scale * y + shift: (C,) each."""
     assert mean is not None and variance is not None
-    scale = torch.rsqrt(variance + norm.eps)
-    if norm.weight is not None:
-        scale = scale * norm.weight
-    shift = -mean * scale
-    return scale, shift if norm.bias is None else shift + norm.bias
+    scale = (variance + norm.eps).rsqrt_()
+    if norm.weight is None:
+        return scale, -mean * scale
+    scale *= norm.weight
+    return scale, torch.addcmul(norm.bias, mean, scale, value=-1)
 
 
 def _affine(
@@ -147,9 +150,10 @@ def _affine(
 ) -> Tensor:
     """Batch norm of y (B, C, ...) with these statistics, plus residual, then ReLU."""
     channels = y.shape[1]
-    if _has_onednn(y) and y.dim() == 4 and channels <= _DIAGONAL_CHANNELS:
-        scale, shift = (tensor.to(y.dtype) for tensor in _scale_and_shift(norm, mean, variance))
-        return _Convolution(torch.diag(scale)[:, :, None, None], shift)(y, residual, relu)
+    if y.device.type == "cpu" and y.dim() == 4 and channels <= _DIAGONAL_CHANNELS and _onednn() is not None:
+        scale, shift = _scale_and_shift(norm, mean, variance)
+        diagonal = _identity(channels, y.dtype) * scale.to(y.dtype)
+        return _Convolution(diagonal.view(channels, channels, 1, 1), shift.to(y.dtype))(y, residual, relu)
     normalised = F.batch_norm(y, mean, variance, norm.weight, norm.bias, False, 0.0, norm.eps)
     return _finished(normalised, residual, relu)
 
@@ -162,8 +166,8 @@ def _normalised(y: Tensor, norm: _BatchNorm, residual: Tensor | None, relu: bool
         mean, variance = mean_and_variance(y)
         result = _affine(y, norm, mean, variance, residual, relu)
     else:
-        result, mean, deviation = torch.native_batch_norm(y, norm.weight, norm.bias, None, None, True, 0.0, norm.eps)
-        variance = deviation.square().reciprocal() - norm.eps
+        result, mean, inverse = torch.native_batch_norm(y, norm.weight, norm.bias, None, None, True, 0.0, norm.eps)
+        variance = (inverse.square().reciprocal() - norm.eps).clamp_(min=0)  # inverse: of sqrt(variance + eps)
         result = _finished(result, residual, relu)
     return Moments(mean, variance * unbiased), result
 
@@ -171,17 +175,26 @@ def _normalised(y: Tensor, norm: _BatchNorm, residual: Tensor | None, relu: bool
 def mean_and_variance(y: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of y (B, C, ...) over all but the channels: (C,) float32 each."""
     channels = y.shape[1]
-    rows = y.movedim(1, -1).reshape(-1, channels)  # (N, C); a view where channels are last in memory
-    width = _power_of_two(len(rows), _ROW_ENTRIES // channels)  # pixels side by side: sums of short rows are slow
-    parts = _power_of_two(len(rows) // width, _PARTS)
-    wide = rows.reshape(parts, -1, width * channels)  # (P, N / width / P, width * C)
-    # Sums are made in float32 and rounded to y's precision once; the errors of many partial sums cancel.
-    sums = torch.stack([wide.sum(1), wide.square().sum(1)]).float()  # (2, P, width * C)
-    mean, square = sums.view(2, parts * width, channels).sum(1) / len(rows)
-    variance = square - mean.square()
-    if bool((mean.square() > LARGEST_SQUARED_MEAN * variance).any()):  # the difference has lost too many digits
-        variance, mean = torch.var_mean(rows.float(), 0, correction=0)
+    count = y.numel() // channels
+    parts, width = _layout(count, channels)
+    pixels = y.movedim(1, -1)  # (B, ..., C)
+    wide = pixels.reshape(parts, -1, width * channels)  # a view where channels are last in memory
+    # Sums are made in float32 and rounded to y's precision; that cancels where there are many of them.
+    precision = torch.float32 if parts * width < _MANY_SUMS else None
+    sums = torch.stack([wide.sum(1, dtype=precision), wide.square().sum(1, dtype=precision)])  # (2, P, width * C)
+    mean, square = sums.view(2, parts * width, channels).sum(1, dtype=torch.float32).div_(count)
+    variance = torch.addcmul(square, mean, mean, value=-1)
+    if float(torch.addcmul(variance, mean, mean, value=-1 / _LARGEST_SQUARED_MEAN).min()) < 0:
+        # The difference has lost too many digits.
+        variance, mean = torch.var_mean(pixels.reshape(-1, channels).float(), 0, correction=0)
     return mean, variance
+
+
+@cache
+def _layout(count: int, channels: int) -> tuple[int, int]:
+    """Into how many parts to divide `count` pixels, and how many to put side by side: sums of short rows are slow."""
+    width = _power_of_two(count, _ROW_ENTRIES // channels)
+    return _power_of_two(count // width, _PARTS), width
 
 
 def _power_of_two(number: int, limit: int) -> int:
@@ -190,3 +203,8 @@ def _power_of_two(number: int, limit: int) -> int:
     while number % (2 * power) == 0 and 2 * power <= limit:
         power *= 2
     return power
+
+
+@cache
+def _identity(channels: int, dtype: torch.dtype) -> Tensor:
+    return torch.eye(channels, dtype=dtype)

@@ -1,0 +1,106 @@
+"""A search while it runs: episodes are played, and what is written down of each.
+
+Its folder holds episodes.csv, TensorBoard events, and a checkpoint of the agent every few episodes.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from stable_baselines3.common.logger import Logger
+
+from agents import EpisodeEnd, Searcher
+from cacp.checkpoint import save_state
+from cacp.cost import CostModel
+from cacp.history import Episode, History
+from cacp.profiling import Profile
+from cacp.reporting import ProgressLine, log_best_policy, log_episode, search_logger
+from cacp.schema import Budget, ChannelGroups
+from envs import EpisodeResult
+
+CHECKPOINT_EPISODES = 10  # a kill loses at most so many episodes
+
+
+def play(
+    folder: Path, episodes: int, groups: ChannelGroups, agent: Searcher, history: History, profile: Profile
+) -> None:
+    """Play what is left of `episodes`, and write each down in `folder`."""
+    finished = len(history.episodes)
+    logger = search_logger(folder, finished + 1)
+    agent.set_logger(logger)
+    with ProgressLine("search", episodes, finished) as progress:
+        records = Records(folder, episodes, groups, agent, history, logger, progress, profile)
+        try:
+            agent.run(episodes - finished, records.add)
+        finally:
+            logger.close()
+
+
+class Records:
+    """What is written down of every episode: episodes.csv, TensorBoard, the progress line; a checkpoint every few."""
+
+    def __init__(
+        self,
+        folder: Path,
+        episodes: int,
+        groups: ChannelGroups,
+        agent: Searcher,
+        history: History,
+        logger: Logger,
+        progress: ProgressLine,
+        profile: Profile,
+    ) -> None:
+        self._folder = folder
+        self._episodes = episodes
+        self._groups = groups
+        self._cost_model = CostModel(groups)
+        self._agent = agent
+        self._history = history
+        self._logger = logger
+        self._progress = progress
+        self._profile = profile
+        self._clock = time.monotonic()
+        self._shown: dict[str, tuple[int, ...]] = {}  # best policies whose figure is in TensorBoard
+
+    def add(self, end: EpisodeEnd) -> None:
+        """Take a finished episode, its updates included."""
+        self._profile.move("agent's updates", end.update_seconds)
+        with self._profile.phase("records"):
+            now = time.monotonic()
+            episode = finished_episode(end, now - self._clock)
+            self._clock = now
+            self._history.append(episode)
+            checkpoint = end.episode == self._episodes or end.episode % CHECKPOINT_EPISODES == 0
+            self._log(episode, figures=checkpoint)  # before the checkpoint: a resumed search drops what comes after it
+            if checkpoint:
+                tensors, data = self._agent.state()
+                save_state(self._folder / "checkpoint", tensors, {"episode": end.episode, "agent": data})
+            bests = (f"{name} {100 * row.top1:.1f} %" for name, row in self._history.leaders.items())
+            self._progress.advance("best " + ", ".join(bests))
+
+    def _log(self, episode: Episode, figures: bool) -> None:
+        leaders, names, channels = self._history.leaders, self._cost_model.names, self._cost_model.channels.tolist()
+        leader = leaders.get(Budget({"macs": episode.target}).name, episode)
+        log_episode(self._logger, episode, names, channels, leader.top1)
+        for name, best in leaders.items() if figures else ():
+            if self._shown.get(name) != best.counts:
+                self._shown[name] = best.counts
+                log_best_policy(self._logger, self._groups, name, best)
+        self._logger.dump(episode.episode)
+
+
+def finished_episode(end: EpisodeEnd, seconds: float) -> Episode:
+    result: EpisodeResult = end.info["result"]
+    return Episode(
+        episode=end.episode,
+        target=result.budget.targets["macs"],
+        reward=result.reward,
+        top1=result.score.top1,
+        loss=result.score.loss,
+        macs=result.score.cost.macs,
+        params=result.score.cost.params,
+        noise=end.sigma,
+        seconds=seconds,
+        counts=result.counts,
+    )
