@@ -194,7 +194,7 @@ class ConditionalDDPG(DDPG):
         start = time.perf_counter()
         # sample; baseline: returns come as advantages over the target's moving mean, in standard deviations
         drawn = self.replay_buffer.sample(gradient_steps * batch_size)
-        losses = torch.zeros(gradient_steps, 2)
+        losses = torch.zeros(gradient_steps, 2, device=self.device)
         for update, batch in enumerate(zip(*(tensor.split(batch_size) for tensor in drawn), strict=True)):
             observations, actions, advantages = batch
 

@@ -34,6 +34,7 @@ from cacp.history import Episode
 from cacp.importance import channel_orders
 from cacp.pipeline import build_workbench, environment, load_splits, run_command
 from cacp.policies import load_policies
+from cacp.schema import UserError
 from cacp.scoring import CALIBRATION_BATCH, EVALUATION_BATCH
 from cacp.slicing import counts_policy, slice_model
 
@@ -56,6 +57,9 @@ def main() -> None:
     parser.add_argument("--searches", nargs="*", type=Path, default=[], help="run folders: MANY FEW MANY FEW ...")
     parser.add_argument("--result", required=True, type=Path, help="JSON file to write")
     arguments = parser.parse_args()
+    if len(arguments.searches) % 2:
+        parser.error("--searches takes pairs of runs: MANY FEW MANY FEW ...")
+    searches = [compared(*pair) for pair in zip(arguments.searches[::2], arguments.searches[1::2], strict=True)]
     experiment = experiment_of(arguments.run)
     answers = collected(experiment, arguments.policies)
     full = answers.right[BATCHES[0]]
@@ -73,7 +77,7 @@ def main() -> None:
             str(count): correlations(answers.targets, full.mean(1), full[:, :count].mean(1)) for count in VALIDATION
         },
         "races": [raced(answers.targets, full, *race) for race in RACES],
-        "searches": [compared(*pair) for pair in zip(arguments.searches[::2], arguments.searches[1::2], strict=True)],
+        "searches": searches,
         "environment": environment(experiment.seed),
     }
     save_json(arguments.result, portable(result))
@@ -166,6 +170,9 @@ def images_needed(own: np.ndarray, rival: np.ndarray | None, errors: float, step
 def compared(many: Path, few: Path) -> dict[str, Any]:
     """Top-1 on the images that did not choose them, of the policies of two searches that differ in calibration only."""
     runs = {name: experiment_of(run) for name, run in (("many", many), ("few", few))}
+    settings = [{**vars(run), "search_calibration_images": None, "output": None} for run in runs.values()]
+    if settings[0] != settings[1]:
+        raise UserError(f"{many} and {few} must differ in search_calibration_images only")
     found = {
         name: {record.budget.name: record.score.top1 for record in load_policies(experiment.folder)}
         for name, experiment in runs.items()

@@ -24,7 +24,7 @@ import itertools
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -39,7 +39,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from cacp.data import ImageData, normalise
 from cacp.evaluation import recalibrate_batchnorm, resolve_precision
 from cacp.schema import Axis, ChannelGroups, Normalisation, Policy
-from cacp.scoring import CALIBRATION_BATCH
+from cacp.scoring import CALIBRATION_BATCH, EVALUATION_BATCH
 
 AMC_BATCH = 50  # images; the default of AMC's --data_bsize
 LANES = 16  # outputs that a thin convolution is padded to: fp32 numbers in an AVX-512 register
@@ -62,7 +62,7 @@ class PlainImages:
     """The images that score a policy, for plain PyTorch.
 
     Args:
-        validation: V images, behind a DataLoader in the CPU's memory; a batch moves to the device when it is read.
+        validation: V images, in the CPU's memory; a batch moves to the device when it is read.
         calibration: K images, on the device.
         normalisation: that the weights expect.
         device: of the networks.
@@ -76,17 +76,25 @@ class PlainImages:
     ) -> None:
         self.validation = _normalised(validation, normalisation)
         self._calibration = _normalised(calibration, normalisation).to(device)  # (K, C, H, W)
-        self._loader = DataLoader(TensorDataset(self.validation, validation.labels), AMC_BATCH)
+        self._labels = validation.labels
         self._device = device
 
     def recalibrate(self, model: nn.Module) -> None:
         """Statistics are the mean over batches of at most 128 images, as in the project's own score."""
         recalibrate_batchnorm(model, self._calibration, CALIBRATION_BATCH)
 
+    def loader(self) -> Iterable[tuple[Tensor, Tensor]]:
+        """AMC's: a DataLoader over single images, with AMC's batch size."""
+        return DataLoader(TensorDataset(self.validation, self._labels), AMC_BATCH)
+
+    def batches(self) -> Iterable[tuple[Tensor, Tensor]]:
+        """The same images as slices of one tensor, in batches as large as this project's."""
+        return zip(self.validation.split(EVALUATION_BATCH), self._labels.split(EVALUATION_BATCH), strict=True)
+
     @torch.no_grad()
-    def evaluate(self, model: nn.Module) -> float:
+    def evaluate(self, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
         correct = torch.zeros((), dtype=torch.int64, device=self._device)
-        for images, labels in self._loader:
+        for images, labels in batches:
             logits = model(images.to(self._device))  # (B, classes)
             correct += (logits.argmax(1) == labels.to(self._device)).sum()
         return correct.item() / len(self.validation)
@@ -126,7 +134,7 @@ class ZeroedChannels:
         self._images.recalibrate(model)
 
     def evaluate(self, model: nn.Module) -> float:
-        return self._images.evaluate(model)
+        return self._images.evaluate(model, self._images.loader())
 
 
 def dropped_entries(axis: Axis, groups: ChannelGroups, policy: Policy) -> list[int]:
@@ -191,7 +199,7 @@ class TorchPruned:
         self._images.recalibrate(model)
 
     def evaluate(self, model: nn.Module) -> float:
-        return self._images.evaluate(model)
+        return self._images.evaluate(model, self._images.batches())
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
@@ -204,7 +212,7 @@ def plain_copy(model: nn.Module) -> nn.Module:
 
 def synchroniser(device: torch.device) -> Callable[[], None]:
     """What waits for a device before the clock is read."""
-    return torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    return partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
 
 
 class Shape(NamedTuple):
@@ -230,14 +238,20 @@ def convolution_shapes(device: torch.device) -> list[Shape]:
 
 @torch.inference_mode()
 def convolution_rates(device: torch.device, shapes: Sequence[Shape]) -> dict[Shape, float]:
-    """Multiply-accumulates a second of every shape with all threads, channels last in memory."""
+    """Multiply-accumulates a second of every shape, channels last in memory.
+
+    On a CPU, the better of one convolution with all threads and of one a thread.
+    """
     rates = {}
+    threads = 1 if device.type == "cuda" else torch.get_num_threads()
     with torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=False):
         for shape in shapes:
             dtype, channels, pixels, batch = shape
             images = _random((batch, channels, pixels, pixels), dtype, device)
             weight = _random((channels, channels, 3, 3), dtype, device)
-            rates[shape] = shape.macs / best_seconds([partial(F.conv2d, images, weight, padding=1)], device)
+            work = partial(F.conv2d, images, weight, padding=1)
+            counts = {1, threads}
+            rates[shape] = max(count * shape.macs / best_seconds([work] * count, device) for count in counts)
     return rates
 
 

@@ -84,7 +84,7 @@ from cacp.profiling import Profile
 from cacp.reporting import ProgressLine
 from cacp.reward import top1_reward
 from cacp.schema import ChannelGroups, Normalisation, Policy, Score, UserError
-from cacp.scoring import CALIBRATION_BATCH, EVALUATION_BATCH, GPU_EVALUATION_BATCH, PolicyScorer
+from cacp.scoring import CALIBRATION_BATCH, EVALUATION_BATCH, PolicyScorer, evaluation_batch
 from cacp.slicing import counts_policy, slice_model
 from envs import ChannelPruningEnv, EpisodeResult
 
@@ -98,7 +98,8 @@ CHOICES = {
     "A": f"AMC's way: one dense network, weights restored and zeroed for every policy; fp32, batches of {AMC_BATCH} "
     "(AMC's default) from a DataLoader without workers over normalised fp32 images in memory, default memory format, "
     "torch.no_grad, top-1 only",
-    "B": "Torch-Pruning's way: deep copy, DependencyGraph, each of the policy's groups pruned; the rest as A",
+    "B": "Torch-Pruning's way: deep copy, DependencyGraph, each of the policy's groups pruned; fp32, slices of one "
+    f"tensor in batches of {EVALUATION_BATCH}, default memory format, torch.no_grad, top-1 only",
     "recalibration": f"mean of batch-norm statistics over batches of {CALIBRATION_BATCH} calibration images, for all; "
     "the calibration images lie on the device as one tensor",
     "stale": "A and B as they come, without recalibration",
@@ -292,6 +293,7 @@ def settings(
         "device": str(subject.device),
         "threads": torch.get_num_threads(),
         "precision_of_ours": dtype_name(subject.precision),
+        "ours_is_fused": subject.scorer(subject.precision).fused,
         "choices": CHOICES,
     }
 
@@ -402,7 +404,7 @@ def timed(work: Callable[[], object], device: torch.device) -> float:
 def convolutions_only(subject: Subject, measured: Measured) -> dict[str, Any]:
     """From the floor to ours, on a few policies: thin layers padded, layers as they are, all the rest."""
     on_gpu = subject.device.type == "cuda"
-    batch = min(GPU_EVALUATION_BATCH if on_gpu else EVALUATION_BATCH, len(subject.validation))
+    batch = min(evaluation_batch(subject.device, subject.validation.image_shape), len(subject.validation))
     threads = 1 if on_gpu else torch.get_num_threads()
     image = torch.zeros(1, *subject.validation.image_shape, device=subject.device)
     layers = [

@@ -28,8 +28,9 @@ from cacp.schema import ChannelGroups, Cost, Normalisation, Policy, Score
 from cacp.slicing import slice_model
 
 CALIBRATION_BATCH = 128  # images whose statistics are averaged; large enough for a stable variance
-EVALUATION_BATCH = 125  # images; fits the caches of a CPU core
-GPU_EVALUATION_BATCH = 2500  # images; few launches
+EVALUATION_BATCH = 125  # images of 32 x 32 pixels, fewer of larger ones: the caches of a CPU core
+GPU_EVALUATION_BATCH = 2500  # likewise: few launches, and the memory of a small GPU
+SMALLEST_BATCH = 8  # images, however large
 
 Batch = TypeVar("Batch")
 Result = TypeVar("Result")
@@ -71,7 +72,7 @@ class PolicyScorer:
         self._calibration = _prepared(calibration, normalisation, self._device, precision)
         self._calibration_batches = self._calibration.tensor_split(math.ceil(len(calibration) / CALIBRATION_BATCH))
         self._calibration_threads = _Threads(self._device, len(self._calibration_batches))
-        batch = GPU_EVALUATION_BATCH if self._device.type == "cuda" else EVALUATION_BATCH
+        batch = evaluation_batch(self._device, validation.image_shape)
         self._evaluation_threads = _Threads(self._device, math.ceil(len(validation) / batch))
         threads = self._evaluation_threads.count
         count = threads * math.ceil(len(validation) / (batch * threads))
@@ -83,6 +84,11 @@ class PolicyScorer:
         except Unfusable as reason:
             warnings.warn(f"policies are scored in plain PyTorch, which is slower: {reason}", stacklevel=2)
         self._scores: dict[tuple[tuple[int, ...], ...], Score] = {}
+
+    @property
+    def fused(self) -> bool:
+        """Whether policies are scored on a fused network; if not, in plain PyTorch, as a warning has said."""
+        return self._network is not None
 
     def __call__(self, policy: Policy) -> Score:
         key = tuple(tuple(policy.keep[group.name]) for group in self._groups.prunable)
@@ -128,6 +134,13 @@ class PolicyScorer:
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self._device.type, self._precision, enabled=self._precision != torch.float32)
+
+
+def evaluation_batch(device: torch.device, image_shape: tuple[int, int, int]) -> int:
+    """Images of a batch for the fastest evaluation on a device."""
+    most = GPU_EVALUATION_BATCH if device.type == "cuda" else EVALUATION_BATCH
+    _, height, width = image_shape
+    return min(most, max(SMALLEST_BATCH, most * 32 * 32 // (height * width)))
 
 
 def _prepared(data: ImageData, normalisation: Normalisation, device: torch.device, precision: torch.dtype) -> Tensor:

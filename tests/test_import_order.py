@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import json
+import re
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -122,3 +124,10 @@ def test_the_library_does_not_print(name: str) -> None:
 def test_config_stays_at_the_door() -> None:
     readers = {name for name in FILES if "cacp.config" in imported(name) and rank(name) < 6}
     assert readers == set()
+
+
+def test_the_package_list_is_complete() -> None:
+    listed = re.search(r"^packages = (.*)$", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert listed
+    on_disk = {".".join(path.parent.relative_to(ROOT).parts) for path in LIBRARY if path.name == "__init__.py"}
+    assert set(json.loads(listed[1])) == on_disk

@@ -18,7 +18,7 @@ from cacp.cost import counted_cost
 from cacp.data import ImageData
 from cacp.graph import trace
 from cacp.schema import ChannelGroups, Normalisation, Policy, UserError
-from cacp.scoring import PolicyScorer
+from cacp.scoring import PolicyScorer, evaluation_batch
 from cacp.slicing import slice_model
 
 NORMALISATION = Normalisation((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
@@ -169,6 +169,7 @@ def test_scores_are_those_of_the_sliced_model(
 ) -> None:
     torch.set_num_threads(threads)
     scorer = scorer_of(model, groups, random_images(calibration, 1), random_images(validation, 0))
+    assert scorer.fused
     scores = [scorer(random_policy(groups, seed)) for seed in range(policies)]
     torch.set_num_threads(1)
     for seed, score in enumerate(scores):
@@ -191,6 +192,25 @@ def test_a_scorer_starts_a_thread_a_batch_and_leaves_the_others(
     del scorer
 
 
+def test_batches_shrink_with_the_size_of_the_images() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    sizes = ((3, 8, 8), (3, 32, 32), (3, 64, 64), (3, 224, 224))
+    assert [evaluation_batch(cpu, shape) for shape in sizes] == [125, 125, 31, 8]
+    assert [evaluation_batch(gpu, shape) for shape in sizes] == [2500, 2500, 625, 51]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_scores_on_a_gpu(model: nn.Module, groups: ChannelGroups, precision: torch.dtype) -> None:
+    policies = [random_policy(groups, seed) for seed in range(3)]
+    on_cpu = scorer_of(model, groups)
+    expected = [on_cpu(policy).loss for policy in policies]
+    scorer = PolicyScorer(model.cuda(), groups, VALIDATION, LARGE_CALIBRATION, NORMALISATION, precision)
+    assert scorer.fused
+    losses = [scorer(policy).loss for policy in policies]
+    assert losses == pytest.approx(expected, rel=1e-3 if precision == torch.float32 else 0.05)
+
+
 def test_an_unfusable_model_is_scored_in_plain_pytorch() -> None:
     def overwriting(m: nn.Module, x: Tensor) -> Tensor:
         h = m.a(x)
@@ -204,6 +224,7 @@ def test_an_unfusable_model_is_scored_in_plain_pytorch() -> None:
     with pytest.warns(UserWarning, match="scored in plain PyTorch, which is slower: Net gives other outputs"):
         scorer = PolicyScorer(model, groups, VALIDATION, CALIBRATION, NORMALISATION)
     policy = random_policy(groups, 0)
+    assert not scorer.fused
     assert scorer(policy)[:2] == scorer.evaluate(scorer.sliced(policy))
 
 
