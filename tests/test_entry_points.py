@@ -362,3 +362,15 @@ def test_a_diverged_training_names_the_epoch(call: Call, tmp_path: Path) -> None
     error = call("pretrain", *TINY, "--pretrain_lr=1e30", "--output", tmp_path / "run", status=2)
     assert "epoch 1" in error
     assert not (tmp_path / "run" / "dense" / "model.safetensors").exists()
+
+
+def test_a_run_from_before_a_setting_goes_on(call: Call, finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "older"
+    shutil.copytree(finished, folder)
+    config = folder / "config.yaml"
+    assert "search_calibration_images: null\n" in config.read_text()
+    config.write_text(config.read_text().replace("search_calibration_images: null\n", ""))
+    assert "macs-0.30" in call("search", *TINY, "--output", folder)
+    assert "search_calibration_images: None -> 64" in call(
+        "search", *TINY, "--search_calibration_images=64", "--output", folder, status=2
+    )
