@@ -9,12 +9,11 @@ best policy of every target. Run again, it goes on from the last checkpoint, or 
 
 import sys
 
-import torch
-
 from agents import ConditionalDDPG, RandomSearch, Searcher
-from cacp.budget import check_reachable, even_ratio, reachable_fractions, uniform_counts
+from cacp.budget import BudgetWalk, check_reachable, reachable_fractions, uniform_counts
 from cacp.checkpoint import load_state, load_tensors, save_json, save_tensors
 from cacp.config import Experiment, experiment_from, parse
+from cacp.evaluation import synchroniser
 from cacp.history import History, target_budgets
 from cacp.importance import channel_orders
 from cacp.pipeline import (
@@ -52,7 +51,7 @@ def main() -> None:
     if namespace.ask is not None:
         ask(experiment, namespace.ask)
         return
-    profile = make_profile(device) if namespace.profile else Profile()
+    profile = Profile(synchroniser(device)) if namespace.profile else Profile()
     with profile.phase("other"):
         run(experiment, profile)
     if namespace.profile:
@@ -89,11 +88,6 @@ class Ranked:
 
     def rescore(self, counts: tuple[int, ...]) -> Score:
         return self.bench.rescorer(self.policy(counts))
-
-
-def make_profile(device: torch.device) -> Profile:
-    """A profile that waits for the device at both ends of every phase."""
-    return Profile(lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else Profile()
 
 
 def search(experiment: Experiment, ranked: Ranked, budgets: list[Budget], profile: Profile) -> None:
@@ -211,7 +205,7 @@ def show_reachable(bench: Workbench, budgets: list[Budget]) -> None:
         [
             budget.name,
             millions(int(budget.targets["macs"] * dense.macs)),
-            f"{even_ratio(bench.cost_model, budget):.3f}",
+            f"{BudgetWalk(bench.cost_model, budget).even_ratio():.3f}",
             millions(bench.cost_model.cost(uniform_counts(bench.cost_model, budget)).macs),
         ]
         for budget in budgets

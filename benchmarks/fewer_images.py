@@ -4,10 +4,11 @@
 
 RUN is a finished search: some of its policies, spread over all its episodes, are scored with each number of calibration
 images, and their answers on every validation image are kept. From these come, for each target: Spearman's and Kendall's
-correlation of top-1 with that of all images; and races: a policy is dropped after a round of images if the upper bound
-of its top-1 minus that of the K-th best so far, on the images seen, lies below 0 (mean difference + z standard errors);
-its score is the other's plus that difference. --searches are pairs of runs of equal seeds, with all calibration images
-and with few: top-1 of their policies on the images that did not choose them.
+correlation of top-1 with that of all images, also among the best third of the policies; and races: a policy is dropped
+after a round of images if the upper bound of its top-1 minus that of the K-th best so far, on the images seen, lies
+below 0 (mean difference + z standard errors); its score is the other's plus that difference. --searches are pairs of
+runs of equal seeds, with all calibration images and with few: top-1 of their policies on the images that did not choose
+them.
 
 Letters: P policies, V validation images.
 """
@@ -63,6 +64,7 @@ def main() -> None:
     experiment = experiment_of(arguments.run)
     answers = collected(experiment, arguments.policies)
     full = answers.right[BATCHES[0]]
+    best = best_third(answers.targets, full.mean(1))
     result = {
         "policies": len(answers.targets),
         "top1_of_all_images": {
@@ -71,6 +73,10 @@ def main() -> None:
         },
         "calibration": {
             str(count * CALIBRATION_BATCH): correlations(answers.targets, full.mean(1), right.mean(1))
+            for count, right in answers.right.items()
+        },
+        "calibration_best_third": {
+            str(count * CALIBRATION_BATCH): correlations(answers.targets[best], full.mean(1)[best], right.mean(1)[best])
             for count, right in answers.right.items()
         },
         "validation": {
@@ -122,6 +128,15 @@ def collected(experiment: Experiment, policies: int) -> Answers:
 
 def by_target(targets: np.ndarray, values: np.ndarray) -> dict[str, np.ndarray]:
     return {str(target): values[targets == target] for target in sorted(set(targets.tolist()))}
+
+
+def best_third(targets: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """(P,) bool: the policies among the best third of their target, by scores (P,)."""
+    chosen = np.zeros(len(scores), dtype=bool)
+    for target in set(targets.tolist()):
+        positions = np.flatnonzero(targets == target)
+        chosen[positions[np.argsort(-scores[positions], kind="stable")[: max(1, len(positions) // 3)]]] = True
+    return chosen
 
 
 def correlations(targets: np.ndarray, full: np.ndarray, other: np.ndarray) -> dict[str, dict[str, float]]:

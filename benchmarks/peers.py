@@ -37,7 +37,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, TensorDataset
 
 from cacp.data import ImageData, normalise
-from cacp.evaluation import recalibrate_batchnorm, resolve_precision
+from cacp.evaluation import recalibrate_batchnorm, resolve_precision, synchroniser
 from cacp.schema import Axis, ChannelGroups, Normalisation, Policy
 from cacp.scoring import CALIBRATION_BATCH, EVALUATION_BATCH
 
@@ -208,11 +208,6 @@ def plain_copy(model: nn.Module) -> nn.Module:
 
 
 # the machine ----------------------------------------------------------------------------------------------------------
-
-
-def synchroniser(device: torch.device) -> Callable[[], None]:
-    """What waits for a device before the clock is read."""
-    return partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
 
 
 class Shape(NamedTuple):

@@ -5,9 +5,9 @@
 Every point is a process of its own: CIFAR-sized random images, untrained weights (neither changes the time), the real
 scorer, environment, agent and records. Around ResNet-56, 2,000 + 1,024 images and three targets, one quantity moves at
 a time. The axis of episodes replaces the score by a constant: what remains is all that could grow with the length of
-a search. A row holds the median seconds of an episode, its phases, and the largest memory of the process; an axis, the
-exponent of its growth: the slope of log(seconds) over log(quantity) from its middle to its largest point, where
-constant parts weigh least. 1 is linear.
+a search. A row holds the median seconds of an episode with their interquartile range, its phases, the seconds before
+the first episode, and the largest memory of the process and on a GPU; an axis, the exponent of its growth: the slope of
+log(value) over log(quantity) from its middle to its largest point, where constant parts weigh least. 1 is linear.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from cacp.checkpoint import save_json
 from cacp.config import Experiment
 from cacp.cost import CostModel
 from cacp.data import ImageData
-from cacp.evaluation import device_of, resolve_precision
+from cacp.evaluation import device_of, resolve_precision, synchroniser
 from cacp.graph import trace
 from cacp.history import History, target_budgets
 from cacp.importance import channel_importance, channel_orders
@@ -48,7 +48,7 @@ from cacp.schema import ChannelGroups, Normalisation, Score
 from cacp.scoring import PolicyScorer
 from cacp.slicing import counts_policy
 from envs import ChannelPruningEnv
-from search import make_agent, make_profile
+from search import make_agent
 
 BASE = {"depth": 56, "images": 2000, "targets": 3, "episodes": 16, "scored": True}
 WARM_UP = 4  # episodes at random, not counted
@@ -85,7 +85,7 @@ def main() -> None:
 
 def in_a_process(point: dict[str, Any], device: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.scaling", "--device", device, "--point", json.dumps(point)]
-    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     row = {**point, **json.loads(out.splitlines()[-1])}
     print(row, flush=True)
     return row
@@ -95,7 +95,7 @@ def measured(depth: int, images: int, targets: int, episodes: int, scored: bool,
     """Play a warm-up and `episodes` more; seconds of an episode and of its phases, and the largest memory."""
     start = time.perf_counter()
     place = select_device(device)
-    profile = make_profile(place)
+    profile = Profile(synchroniser(place))
     model = build_model(f"resnet{depth}", 10, seed=0).to(place).eval()
     groups = trace(model, torch.zeros(1, 3, 32, 32, device=place), "inner")
     cost_model = CostModel(groups)
@@ -112,13 +112,16 @@ def measured(depth: int, images: int, targets: int, episodes: int, scored: bool,
         with profile.phase("environment and actions"):
             play(Path(folder), experiment.episodes, groups, agent, history, profile)
     seconds = [episode.seconds for episode in history.episodes[WARM_UP:]]
+    low, median, high = statistics.quantiles(seconds if scored else seconds[-LAST:], n=4)
     return {
         "groups": len(groups.prunable),
         "macs": cost_model.dense.macs,
         "preparation_seconds": preparation,
-        "episode_seconds": statistics.median(seconds if scored else seconds[-LAST:]),
+        "episode_seconds": median,
+        "episode_seconds_iqr": high - low,
         "phase_seconds": {name: total / experiment.episodes for name, total in profile.seconds.items()},
         "largest_memory_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "largest_gpu_memory_bytes": torch.cuda.max_memory_allocated(place) if place.type == "cuda" else None,
     }
 
 
@@ -146,17 +149,14 @@ def random_images(count: int, seed: int) -> ImageData:
 def exponents(axis: str, rows: list[dict[str, Any]]) -> dict[str, float]:
     """Slope of log(value) over log(quantity) between the middle and the largest point, for seconds and memory.
 
-    The seconds of the axis of episodes are those of one episode, so that 0 is linear there: no episode takes longer
-    than the one before.
+    Phases and episodes count by the seconds of one episode: 0 on the axis of episodes says that the whole is linear.
     """
-    middle, last = rows[len(rows) // 2], rows[-1]
+    middle, last = rows[(len(rows) - 1) // 2], rows[-1]
     step = math.log(last[axis] / middle[axis])
-    values = {
-        "episode_seconds": lambda row: row["episode_seconds"],
-        "largest_memory_bytes": lambda row: row["largest_memory_bytes"],
-        **{name: lambda row, name=name: row["phase_seconds"][name] for name in last["phase_seconds"]},
-    }
-    return {name: round(math.log(value(last) / value(middle)) / step, 2) for name, value in values.items()}
+    whole = ("episode_seconds", "preparation_seconds", "largest_memory_bytes", "largest_gpu_memory_bytes")
+    pairs = {name: (middle[name], last[name]) for name in whole if last[name] is not None}
+    pairs |= {name: (middle["phase_seconds"][name], seconds) for name, seconds in last["phase_seconds"].items()}
+    return {name: round(math.log(after / before) / step, 2) for name, (before, after) in pairs.items()}
 
 
 def draw(axes: dict[str, list[dict[str, Any]]], path: Path) -> None:
@@ -181,7 +181,7 @@ def show(axes: dict[str, list[dict[str, Any]]], growth: dict[str, dict[str, floa
     rows = [
         [
             f"{axis} {row[axis]}",
-            f"{1000 * row['episode_seconds']:.1f}",
+            f"{1000 * row['episode_seconds']:.1f} ± {500 * row['episode_seconds_iqr']:.1f}",
             *(f"{1000 * row['phase_seconds'].get(name, 0):.1f}" for name in PHASES),
             f"{row['largest_memory_bytes'] / 2**20:.0f}",
         ]

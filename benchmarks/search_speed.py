@@ -26,12 +26,10 @@ Letters: B images of a batch, C channels, H x W pixels, P policies, R repeats.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import gc
 import itertools
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -41,9 +39,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
-from agents import EpisodeEnd, RandomSearch
 from benchmarks.peers import (
     AMC_BATCH,
     LANES,
@@ -58,6 +54,7 @@ from benchmarks.peers import (
     layer_times,
     synchroniser,
 )
+from benchmarks.speed_subject import Subject, draw_policies, subject_of
 from benchmarks.speed_summary import (
     OURS,
     OURS_FP32,
@@ -74,19 +71,13 @@ from benchmarks.speed_summary import (
 )
 from benchmarks.summarise import portable
 from cacp.checkpoint import save_json
-from cacp.config import Experiment, experiment_from, parse
-from cacp.cost import CostModel
-from cacp.data import ImageData
-from cacp.evaluation import device_of, resolve_precision
-from cacp.importance import channel_orders
-from cacp.pipeline import build_workbench, environment, load_splits, run_command
+from cacp.config import experiment_from, parse
+from cacp.pipeline import environment, run_command
 from cacp.profiling import Profile
 from cacp.reporting import ProgressLine
-from cacp.reward import top1_reward
-from cacp.schema import ChannelGroups, Normalisation, Policy, Score, UserError
+from cacp.schema import Policy, UserError
 from cacp.scoring import CALIBRATION_BATCH, EVALUATION_BATCH, PolicyScorer, evaluation_batch
-from cacp.slicing import counts_policy, slice_model
-from envs import ChannelPruningEnv, EpisodeResult
+from cacp.slicing import slice_model
 
 WARM_UP = 3  # other policies that every system scores before the clock counts, one of each target
 PAUSE = 0.02  # seconds before every measurement: OpenMP's threads spin for some milliseconds after their work
@@ -104,28 +95,6 @@ CHOICES = {
     "the calibration images lie on the device as one tensor",
     "stale": "A and B as they come, without recalibration",
 }
-
-
-class Subject(NamedTuple):
-    """A network to prune, and the images that score its policies."""
-
-    model: nn.Module  # dense, fp32, in eval mode on its device
-    groups: ChannelGroups
-    orders: Mapping[str, Tensor]  # channels of every prunable group, the most important first
-    criterion: str
-    validation: ImageData
-    calibration: ImageData
-    normalisation: Normalisation
-    precision: torch.dtype  # of ours
-
-    @property
-    def device(self) -> torch.device:
-        return device_of(self.model)
-
-    def scorer(self, precision: torch.dtype, profile: Profile | None = None) -> PolicyScorer:
-        return PolicyScorer(
-            self.model, self.groups, self.validation, self.calibration, self.normalisation, precision, profile
-        )
 
 
 class System(NamedTuple):
@@ -176,55 +145,6 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def subject_of(experiment: Experiment) -> Subject:
-    """The search's own network and images."""
-    with tempfile.TemporaryDirectory() as folder:
-        if experiment.weights != "train":
-            experiment = dataclasses.replace(experiment, output=folder)
-        bench = build_workbench(experiment)
-    return Subject(
-        model=bench.dense.model,
-        groups=bench.groups,
-        orders=channel_orders(bench.importance(experiment.criterion)),
-        criterion=experiment.criterion,
-        validation=load_splits(experiment).validation,
-        calibration=bench.calibration,
-        normalisation=bench.dense.normalisation,
-        precision=resolve_precision(experiment.precision, device_of(bench.dense.model)),
-    )
-
-
-def draw_policies(subject: Subject, targets: Sequence[float], count: int, seed: int) -> list[Drawn]:
-    """Different policies as the search's warm-up draws them, the targets in turn.
-
-    Raises:
-        UserError: where the network has too few.
-    """
-    cost_model = CostModel(subject.groups)
-    env = ChannelPruningEnv(
-        subject.groups, lambda counts: Score(0.0, 0.0, cost_model.cost(counts)), top1_reward, targets
-    )
-    agent = RandomSearch(env, seed=seed)
-    drawn: dict[tuple[int, ...], Drawn] = {}
-
-    def on_episode(end: EpisodeEnd) -> None:
-        result: EpisodeResult = end.info["result"]
-        if result.counts in drawn:
-            env.episodes_started -= 1  # the same target once more
-            return
-        policy = counts_policy(subject.groups, result.counts, subject.orders, subject.criterion)
-        drawn[result.counts] = Drawn(policy, result.budget.targets["macs"], result.score.cost)
-
-    for _ in range(100 * count):
-        if len(drawn) == count:
-            return list(drawn.values())
-        agent.run(1, on_episode)
-    raise UserError(
-        f"policies must be at most the different ones that {100 * count} random episodes find, "
-        f"but got {count} with the warm-up's; found {len(drawn)}; lower --policies"
-    )
 
 
 # measuring ------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from cacp.reporting import console, percent, table
 from cacp.schema import Cost, Policy
 
 OURS, OURS_FP32 = "ours", "ours fp32"
+OURS_LOADED = "ours, and loaded into the fused network"  # the slicing phase of a search
 
 
 class Drawn(NamedTuple):
@@ -104,6 +105,7 @@ def summary(measured: Measured) -> dict[str, Any]:
     best = max(measured.rates, key=lambda shape: measured.rates[shape])
     slicing = {OURS: measured.medians(measured.slicing)}
     slicing |= {name: measured.phase(name, "slicing") for name in ("A", "B") if name in measured.images}
+    slicing[OURS_LOADED] = measured.phase(OURS, "slicing")
     return {
         "systems": {name: system_row(measured, name) for name in measured.images},
         "times_as_fast": {

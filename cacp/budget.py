@@ -8,7 +8,6 @@ and no tail of layers is left to pay for the others.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -25,66 +24,91 @@ class KeepInterval(NamedTuple):
     high: int
 
 
-class _Bounds(NamedTuple):
-    """Window of every targeted cost: columns of CostModel.costs, and (T,) limits in units of the cost."""
+class BudgetWalk:
+    """Keep counts chosen group after group, in the order of `cost_model.names`, under a budget.
 
-    columns: list[int]
-    upper: np.ndarray
-    lower: np.ndarray
-
-
-def _bounds(cost_model: CostModel, budget: Budget) -> _Bounds:
-    columns = [COSTS.index(cost) for cost in budget.targets]
-    dense = np.array([cost_model.dense[column] for column in columns], dtype=np.float64)
-    targets = np.array(list(budget.targets.values()))
-    return _Bounds(columns, targets * dense + 1e-6, (targets - TARGET_TOLERANCE) * dense - 1e-6)
-
-
-def keep_interval(cost_model: CostModel, budget: Budget, chosen: Sequence[int]) -> KeepInterval:
-    """Feasible counts of group number `len(chosen)`, given the counts chosen for the groups before it.
-
-    Where the channel grain leaves no count that meets the targets and uses one up, the largest that meets them is the
-    only one left; the targets themselves always hold if they held for `chosen`.
+    The costs are kept up to date for the rest of the groups at a few keep ratios, so that a step takes the same time in
+    a network of any depth.
 
     Args:
         cost_model: of the model.
         budget: must be reachable, see `check_reachable`.
-        chosen: counts of the first groups, in the order of `cost_model.names`.
+
+    Attributes:
+        chosen: counts of the first groups.
     """
-    group = len(chosen)
-    bounds = _bounds(cost_model, budget)
-    candidates = np.arange(cost_model.min_keep[group], cost_model.channels[group] + 1)  # (K,)
-    completed = [_completed(chosen, candidates, rest) for rest in (cost_model.min_keep, cost_model.channels)]
-    smallest, largest = cost_model.costs(np.stack(completed))[..., bounds.columns]  # (K, T) each
-    meets = (smallest <= bounds.upper).all(axis=1)  # (K,)
-    uses_up = (largest >= bounds.lower).any(axis=1)  # (K,)
-    high = int(candidates[meets][-1]) if meets.any() else int(candidates[0])
-    feasible = candidates[meets & uses_up]
-    low = int(feasible[0]) if len(feasible) else high
-    even = even_ratio(cost_model, budget, chosen) * float(cost_model.channels[group])
-    return KeepInterval(low, min(max(even, low), high), high)
+
+    def __init__(self, cost_model: CostModel, budget: Budget) -> None:
+        self.cost_model = cost_model
+        self.budget = budget
+        self.chosen: list[int] = []
+        self._columns = [COSTS.index(cost) for cost in budget.targets]  # (T,) of the costs
+        dense = np.array([cost_model.dense[column] for column in self._columns], dtype=np.float64)
+        targets = np.array(list(budget.targets.values()))
+        self._upper = targets * dense + 1e-6  # (T,) in units of the costs
+        self._lower = (targets - TARGET_TOLERANCE) * dense - 1e-6  # (T,)
+        self._ratios = _ratios(cost_model)  # (R,)
+        # (R, G): the chosen counts, then the rest at each ratio, real-valued
+        self._counts = np.maximum(self._ratios[:, None] * cost_model.channels, cost_model.min_keep)
+        self._costs = cost_model.costs(self._counts)  # (R, 2)
+
+    @property
+    def finished(self) -> bool:
+        return len(self.chosen) == len(self.cost_model.names)
+
+    def choose(self, count: int) -> None:
+        """Keep this many channels of the next group."""
+        group = len(self.chosen)
+        self._costs = self._costs + self.cost_model.change(self._counts, group, np.array(count))
+        self._counts[:, group] = count
+        self.chosen.append(count)
+
+    @property
+    def ends(self) -> np.ndarray:
+        """(2, 2) macs and params if all remaining groups are pruned to their minimum, and if they are kept whole."""
+        return self._costs[[0, -1]]
+
+    def interval(self) -> KeepInterval:
+        """Feasible counts of the next group.
+
+        Where the channel grain leaves no count that meets the targets and uses one up, the largest that meets them is
+        the only one left; the targets themselves always hold if they held so far.
+        """
+        group, model = len(self.chosen), self.cost_model
+        candidates = np.arange(model.min_keep[group], model.channels[group] + 1)  # (K,)
+        changes = model.change(self._counts[[0, -1], None], group, candidates)  # (2, K, 2)
+        smallest, largest = (self.ends[:, None] + changes)[..., self._columns]  # (K, T) each
+        meets = (smallest <= self._upper).all(axis=1)  # (K,)
+        uses_up = (largest >= self._lower).any(axis=1)  # (K,)
+        high = int(candidates[meets][-1]) if meets.any() else int(candidates[0])
+        feasible = candidates[meets & uses_up]
+        low = int(feasible[0]) if len(feasible) else high
+        even = self.even_ratio() * float(model.channels[group])
+        return KeepInterval(low, min(max(even, low), high), high)
+
+    def even_ratio(self) -> float:
+        """The largest keep ratio in [0, 1] that all remaining groups can share within the budget (real-valued counts).
+
+        Between two ratios at which a group leaves its minimum, a cost is a polynomial of second degree.
+        """
+        costs = self._costs[:, self._columns]  # (R, T)
+        meets: np.ndarray = np.all(costs[::2] <= self._upper, axis=1)  # at every ratio but the middles
+        if not meets[0] or meets[-1]:
+            return float(meets[0])
+        first = 2 * (int(np.argmin(meets)) - 1)
+        low, middle, high = costs[first : first + 3]  # (T,) each
+        room = self._upper - low
+        slope, bend = 4 * middle - 3 * low - high, 2 * low - 4 * middle + 2 * high  # cost = low + slope u + bend u^2
+        root = np.sqrt(np.maximum(slope**2 + 4 * bend * room, 0.0))
+        parts = np.divide(2 * room, slope + root, out=np.ones_like(room), where=slope + root > 0)  # (T,) u in [0, 1]
+        start, end = self._ratios[[first, first + 2]]
+        return float(start + min(parts.min(), 1.0) * (end - start))
 
 
-def _completed(chosen: Sequence[int], candidates: np.ndarray, rest: np.ndarray) -> np.ndarray:
-    """(K, G) counts: the chosen ones, each candidate, and `rest` for the groups after it."""
-    counts = np.tile(rest.astype(np.float64), (len(candidates), 1))
-    counts[:, : len(chosen)] = chosen
-    counts[:, len(chosen)] = candidates
-    return counts
-
-
-def even_ratio(cost_model: CostModel, budget: Budget, chosen: Sequence[int] = ()) -> float:
-    """The largest keep ratio in (0, 1] that all remaining groups can share within the budget (real-valued counts)."""
-    bounds = _bounds(cost_model, budget)
-    low, high = 0.0, 1.0
-    for _ in range(4):  # four times a grid of 33 ratios: resolution 1e-6
-        ratios = np.linspace(low, high, 33)
-        counts = np.maximum(ratios[:, None] * cost_model.channels, cost_model.min_keep)  # (R, G)
-        counts[:, : len(chosen)] = chosen
-        meets = (cost_model.costs(counts)[:, bounds.columns] <= bounds.upper).all(axis=1)
-        last = int(np.flatnonzero(meets)[-1]) if meets.any() else 0
-        low, high = ratios[last], ratios[min(last + 1, 32)]
-    return float(low)
+def _ratios(cost_model: CostModel) -> np.ndarray:
+    """(R,) ascending: 0, those at which a group leaves its minimum, 1, and the middle between each of these."""
+    bends = np.unique([0.0, *cost_model.min_keep / cost_model.channels, 1.0])
+    return np.sort(np.concatenate([bends, (bends[1:] + bends[:-1]) / 2]))
 
 
 def keep_count(interval: KeepInterval, action: float) -> int:
@@ -100,10 +124,10 @@ def keep_count(interval: KeepInterval, action: float) -> int:
 
 def uniform_counts(cost_model: CostModel, budget: Budget) -> tuple[int, ...]:
     """Keep counts of the uniform policy: every group takes its even share of what is left."""
-    chosen: list[int] = []
-    for _ in cost_model.names:
-        chosen.append(keep_count(keep_interval(cost_model, budget, chosen), 0.0))
-    return tuple(chosen)
+    walk = BudgetWalk(cost_model, budget)
+    while not walk.finished:
+        walk.choose(keep_count(walk.interval(), 0.0))
+    return tuple(walk.chosen)
 
 
 def reachable_fractions(cost_model: CostModel) -> dict[str, float]:

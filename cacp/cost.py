@@ -1,14 +1,15 @@
 """What a policy costs, in closed form, and what a real model costs, counted.
 
 MACs are the multiply-accumulates of conv and linear layers for one image (the papers' "FLOPs"); parameters are all of
-the model's. Both are sums over layers of `coefficient * n_in * n_out` in the kept channel counts, so a policy costs
-microseconds and many policies a few products. `torch.utils.flop_counter` counts 2 per MAC.
+the model's. Both are sums over layers of `coefficient * n_in * n_out`, so polynomials of second degree in the kept
+channel counts: a policy costs microseconds, and many policies a few products. `torch.utils.flop_counter` counts 2 per
+MAC.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -34,14 +35,18 @@ class CostModel:
         self.names = tuple(group.name for group in prunable)
         self.channels = np.array([group.channels for group in prunable], dtype=np.int64)
         self.min_keep = np.array([group.min_keep for group in prunable], dtype=np.int64)
-        self._fixed = np.array([groups.fixed_macs, groups.fixed_params], dtype=np.float64)
 
-        layers = groups.layers
-        self._inputs = _Entries.of(groups, self.names, [layer.inputs for layer in layers])
-        self._outputs = _Entries.of(groups, self.names, [layer.outputs for layer in layers])
-        self._macs_per_pair = np.array([layer.macs_per_pair for layer in layers], dtype=np.float64)
-        self._params_per_pair = np.array([layer.params_per_pair for layer in layers], dtype=np.float64)
-        self._params_per_out = np.array([layer.params_per_out for layer in layers], dtype=np.float64)
+        terms = _polynomial(groups, self.names)
+        positions = range(len(self.names))
+        self._constant = terms[()]  # (2,)
+        self._linear = np.array([terms[group,] for group in positions]).reshape(-1, 2)  # (G, 2)
+        self._squares = np.array([terms[group, group] for group in positions]).reshape(-1, 2)  # (G, 2)
+        pairs = [key for key in terms if len(set(key)) == 2]
+        self._first, self._second = np.array(pairs, dtype=np.int64).reshape(-1, 2).T  # (E,) each
+        self._products = np.array([terms[key] for key in pairs]).reshape(-1, 2)  # (E, 2)
+        ends = np.concatenate([self._first, self._second])  # (2E,), and in the same order the other ends and weights:
+        others, weights = np.concatenate([self._second, self._first]), np.concatenate([self._products] * 2)
+        self._partners = [(others[ends == group], weights[ends == group]) for group in positions]
         self.dense = self.cost(self.channels)
 
     def costs(self, counts: np.ndarray) -> np.ndarray:
@@ -53,12 +58,25 @@ class CostModel:
         Returns:
             (..., 2) float64: macs and params; exact integers (below 2**53) for integer counts.
         """
-        n_in = self._inputs.kept(counts)  # (..., L)
-        n_out = self._outputs.kept(counts)  # (..., L)
-        pairs = n_in * n_out
-        macs = pairs @ self._macs_per_pair
-        params = pairs @ self._params_per_pair + n_out @ self._params_per_out
-        return np.stack([macs, params], axis=-1) + self._fixed
+        products = counts[..., self._first] * counts[..., self._second]  # (..., E)
+        return self._constant + counts @ self._linear + counts**2 @ self._squares + products @ self._products
+
+    def change(self, counts: np.ndarray, group: int, count: np.ndarray | int) -> np.ndarray:
+        """What is added to the costs when one group gets another count: however deep the network is, a matter of the
+        groups that share a layer with it.
+
+        Args:
+            counts: (..., G) before.
+            group: position of the group.
+            count: (...) afterwards.
+
+        Returns:
+            (..., 2) float64: macs and params; exact as `costs` is.
+        """
+        partners, weights = self._partners[group]
+        now = counts[..., group]
+        slope = self._linear[group] + counts[..., partners] @ weights  # (..., 2)
+        return (count - now)[..., None] * slope + (count**2 - now**2)[..., None] * self._squares[group]
 
     def cost(self, counts: Sequence[int] | np.ndarray) -> Cost:
         """Cost of one policy from its keep counts (G,)."""
@@ -66,44 +84,36 @@ class CostModel:
         return Cost(round(macs), round(params))
 
 
-class _Entries(NamedTuple):
-    """How many entries of one axis of every layer stay: constant + sum over terms of weight * count of a group.
-
-    An axis has few terms, mostly one, however deep the network is. Shapes: T terms of the axis that has most, L layers.
+def _polynomial(groups: ChannelGroups, names: Sequence[str]) -> defaultdict[tuple[int, ...], np.ndarray]:
+    """Macs and params as a polynomial of the counts: (2,) coefficients of products of none, one or two groups' counts,
+    by the groups' positions in ascending order.
     """
+    position = {name: index for index, name in enumerate(names)}
+    terms: defaultdict[tuple[int, ...], np.ndarray] = defaultdict(lambda: np.zeros(2))
+    terms[()] = np.array([groups.fixed_macs, groups.fixed_params], dtype=np.float64)
+    for layer in groups.layers:
+        inputs, outputs = (_entries(groups, position, axis) for axis in (layer.inputs, layer.outputs))
+        per_pair = np.array([layer.macs_per_pair, layer.params_per_pair], dtype=np.float64)
+        per_out = np.array([0, layer.params_per_out], dtype=np.float64)
+        for out_key, n_out in outputs.items():
+            terms[out_key] += per_out * n_out
+            for in_key, n_in in inputs.items():
+                terms[tuple(sorted(in_key + out_key))] += per_pair * n_in * n_out
+    return terms
 
-    constants: np.ndarray  # (L,)
-    weights: np.ndarray  # (T, L), 0 where an axis has fewer terms
-    positions: np.ndarray  # (T, L) of the group among the prunable ones
 
-    @classmethod
-    def of(cls, groups: ChannelGroups, names: Sequence[str], axes: Sequence[Axis | None]) -> _Entries:
-        """Of every layer's axis; an axis that is None counts as one entry."""
-        position = {name: index for index, name in enumerate(names)}
-        constants = np.zeros(len(axes))
-        terms: list[dict[int, int]] = [{} for _ in axes]  # of every axis: position of the group -> weight
-        for column, axis in enumerate(axes):
-            if axis is None:
-                constants[column] = 1
-                continue
-            for name in axis.segments:
-                if name in position:
-                    terms[column][position[name]] = terms[column].get(position[name], 0) + axis.repeat
-                else:
-                    constants[column] += axis.repeat * groups[name].channels
-        most = max((len(of_axis) for of_axis in terms), default=0)
-        weights, positions = np.zeros((most, len(axes))), np.zeros((most, len(axes)), dtype=np.int64)
-        for column, of_axis in enumerate(terms):
-            for row, (group, weight) in enumerate(of_axis.items()):
-                weights[row, column], positions[row, column] = weight, group
-        return cls(constants, weights, positions)
+def _entries(groups: ChannelGroups, position: Mapping[str, int], axis: Axis | None) -> dict[tuple[int, ...], int]:
+    """Entries of an axis for one kept channel of each prunable group, and under () those that are always there.
 
-    def kept(self, counts: np.ndarray) -> np.ndarray:
-        """(..., L) entries for counts (..., G)."""
-        entries = self.constants
-        for weights, positions in zip(self.weights, self.positions, strict=True):
-            entries = entries + weights * counts[..., positions]
-        return entries
+    An axis that is None counts as one entry.
+    """
+    if axis is None:
+        return {(): 1}
+    entries: dict[tuple[int, ...], int] = {}
+    for name in axis.segments:
+        key, count = ((position[name],), 1) if name in position else ((), groups[name].channels)
+        entries[key] = entries.get(key, 0) + count * axis.repeat
+    return entries
 
 
 def counted_cost(model: nn.Module, image_shape: Sequence[int]) -> Cost:

@@ -1,4 +1,4 @@
-"""Judge a model: accuracy and loss, batch-norm recalibration, precision.
+"""Judge a model: accuracy and loss, batch-norm recalibration, precision, and the device that a model is on.
 
 Batch norm recalibration is EagleEye's (Li et al., ECCV 2020). Evaluation is in the precision of the caller's autocast
 context; outside of one, of the weights.
@@ -9,7 +9,8 @@ Letters: N images, B batch, C channels, H height, W width.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -43,6 +44,11 @@ def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
     if precision == "bf16" and not supported:
         raise UserError(f"precision must be auto or fp32 on {device}, which has no bf16 arithmetic, but got 'bf16'")
     return torch.bfloat16 if supported else torch.float32
+
+
+def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
+    """A context in which operators compute in this precision; float32 leaves them as they are."""
+    return torch.autocast(device.type, precision, enabled=precision != torch.float32)
 
 
 def _computes_bf16(device: torch.device) -> bool:
@@ -160,6 +166,11 @@ class Totals:
 def device_of(model: nn.Module) -> torch.device:
     """The device of the model's first parameter; the CPU for a model without parameters."""
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+def synchroniser(device: torch.device) -> Callable[[], None]:
+    """What waits for a device that works on its own, before the clock is read."""
+    return partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
 
 
 def check_batching(name: str, images: int, batch_size: int) -> None:

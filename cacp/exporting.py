@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from cacp.checkpoint import load_json, save_json, save_tensors
-from cacp.evaluation import device_of
+from cacp.evaluation import device_of, synchroniser
 from cacp.graph import trace
 from cacp.models import build_model
 from cacp.models.weights import load_weights
@@ -163,6 +163,7 @@ def measure_latency(
         repeats: timed forward passes of each model, after five that are not timed.
     """
     device = device_of(models[0])
+    synchronise = synchroniser(device)
     images = torch.zeros(batch, *input_shape, device=device)
     times_ms: list[list[float]] = [[] for _ in models]
     for model in models:
@@ -172,8 +173,7 @@ def measure_latency(
             for model, samples in zip(models, times_ms, strict=True):
                 start = time.perf_counter()
                 model(images)
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
+                synchronise()
                 if repeat >= 0:
                     samples.append(1000 * (time.perf_counter() - start))
     return [_summary(batch, samples) for samples in times_ms]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from cacp.cost import CostModel
 from cacp.data import ImageData, normalise
-from cacp.evaluation import Evaluation, check_batching, device_of, evaluate, recalibrate_batchnorm
+from cacp.evaluation import Evaluation, autocast, check_batching, device_of, evaluate, recalibrate_batchnorm
 from cacp.fusion import FusedNetwork, Unfusable
 from cacp.profiling import Profile
 from cacp.schema import ChannelGroups, Cost, Normalisation, Policy, Score
@@ -99,8 +99,7 @@ class PolicyScorer:
     def _score(self, policy: Policy, cost: Cost) -> Score:
         network = self._network
         if network is None:
-            with self._profile.phase("recalibration"):
-                sliced = self.sliced(policy)
+            sliced = self.sliced(policy)
             with self._profile.phase("evaluation"):
                 return Score(*self.evaluate(sliced), cost)
         with self._profile.phase("slicing"):
@@ -122,18 +121,16 @@ class PolicyScorer:
 
     def sliced(self, policy: Policy) -> nn.Module:
         """The pruned model in eval mode, batch norm recalibrated."""
-        model = slice_model(self._model, self._groups, policy).to(memory_format=torch.channels_last)
-        with self._autocast():
+        with self._profile.phase("slicing"):
+            model = slice_model(self._model, self._groups, policy).to(memory_format=torch.channels_last)
+        with self._profile.phase("recalibration"), autocast(self._device, self._precision):
             recalibrate_batchnorm(model, self._calibration, CALIBRATION_BATCH)
         return model.eval()
 
     def evaluate(self, model: nn.Module) -> Evaluation:
         """Top-1 and loss of any model on the validation images."""
-        with self._autocast():
+        with autocast(self._device, self._precision):
             return evaluate(model, self._images, self._labels, EVALUATION_BATCH)
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self._device.type, self._precision, enabled=self._precision != torch.float32)
 
 
 def evaluation_batch(device: torch.device, image_shape: tuple[int, int, int]) -> int:

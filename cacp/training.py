@@ -30,7 +30,15 @@ from torch.nn import functional as F
 
 from cacp.checkpoint import load_state, pack, save_state, unpack
 from cacp.data import ImageData, augment, normalise
-from cacp.evaluation import PRECISIONS, Totals, check_batching, device_of, evaluate_data, resolve_precision
+from cacp.evaluation import (
+    PRECISIONS,
+    Totals,
+    autocast,
+    check_batching,
+    device_of,
+    evaluate_data,
+    resolve_precision,
+)
 from cacp.models.modes import training_flags_kept
 from cacp.schema import Normalisation, UserError
 
@@ -297,7 +305,7 @@ def _train_epoch(state: FitState, job: _Job, epoch: int) -> Totals:
             lr = learning_rate(recipe.schedule, recipe.lr, epoch - 1 + (step + 0.5) / steps, recipe.epochs)
             state.optimizer.param_groups[0]["lr"] = lr
 
-            with torch.autocast(job.device.type, dtype=torch.bfloat16, enabled=job.dtype == torch.bfloat16):
+            with autocast(job.device, job.dtype):
                 logits = model(images)  # (B, classes)
             loss = F.cross_entropy(logits.float(), labels)
             state.optimizer.zero_grad()

@@ -9,7 +9,7 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
-from cacp.budget import KeepInterval, check_reachable, keep_count, keep_interval
+from cacp.budget import BudgetWalk, KeepInterval, check_reachable, keep_count
 from cacp.cost import CostModel
 from cacp.schema import Budget, ChannelGroups, Score, UserError
 from envs.observation import FEATURES, mean_target, observe, static_features
@@ -98,8 +98,7 @@ class ChannelPruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         for target in self._targets:
             check_reachable(self._cost_model, Budget({"macs": target}))
         self._static = static_features(groups)
-        self._budget = Budget({"macs": self._targets[0]})
-        self._chosen: list[int] = []
+        self._walk = BudgetWalk(self._cost_model, Budget({"macs": 1.0}))
         self._interval: KeepInterval | None = None
 
     def reset(
@@ -110,9 +109,9 @@ class ChannelPruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         if seed is not None:
             self.episodes_started = seed  # one seed, one trajectory: its targets too
         asked = (options or {}).get("target")
-        self._budget = self._asked(asked) if asked is not None else self._next_budget()
-        self._chosen = []
-        self._interval = keep_interval(self._cost_model, self._budget, self._chosen)
+        budget = self._asked(asked) if asked is not None else self._next_budget()
+        self._walk = BudgetWalk(self._cost_model, budget)
+        self._interval = self._walk.interval()
         return self._observation(), {}
 
     def _asked(self, target: float | Mapping[str, float]) -> Budget:
@@ -139,16 +138,16 @@ class ChannelPruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         value = float(np.asarray(action).reshape(-1)[0])
         if not -1 <= value <= 1:
             raise UserError(f"an action must lie in [-1, 1], but got {value}; clip it before step()")
-        self._chosen.append(keep_count(self._interval, value))
-        if len(self._chosen) < len(self._cost_model.names):
-            self._interval = keep_interval(self._cost_model, self._budget, self._chosen)
+        self._walk.choose(keep_count(self._interval, value))
+        if not self._walk.finished:
+            self._interval = self._walk.interval()
             return self._observation(), 0.0, False, False, {}
         self._interval = None
-        counts = tuple(self._chosen)
+        counts, budget = tuple(self._walk.chosen), self._walk.budget
         score = self._score_fn(counts)
-        reward = float(self._reward_fn(score, mean_target(self._budget)))
-        result = EpisodeResult(self._budget, counts, score, reward)
+        reward = float(self._reward_fn(score, mean_target(budget)))
+        result = EpisodeResult(budget, counts, score, reward)
         return self._observation(), reward, True, False, {"result": result}
 
     def _observation(self) -> np.ndarray:
-        return observe(self._static, self._cost_model, self._budget, self._chosen, self._interval)
+        return observe(self._static, self._walk, self._interval)

@@ -17,12 +17,9 @@ Features of a step, all in [0, 1] (AMC's state, He et al., ECCV 2018, with the t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
-from cacp.budget import KeepInterval
-from cacp.cost import CostModel
+from cacp.budget import BudgetWalk, KeepInterval
 from cacp.schema import Axis, Budget, ChannelGroup, ChannelGroups
 
 FEATURES = 16
@@ -69,31 +66,25 @@ def mean_target(budget: Budget) -> float:
     return sum(budget.targets.values()) / len(budget.targets)
 
 
-def observe(
-    static: np.ndarray, cost_model: CostModel, budget: Budget, chosen: Sequence[int], interval: KeepInterval | None
-) -> np.ndarray:
-    """(FEATURES,) float32 before the count of group number `len(chosen)` is chosen.
+def observe(static: np.ndarray, walk: BudgetWalk, interval: KeepInterval | None) -> np.ndarray:
+    """(FEATURES,) float32 before the next count of `walk` is chosen.
 
     Args:
-        static: (G, 8) from `static_features`.
-        cost_model: of the same groups.
-        budget: of the episode.
-        chosen: counts so far.
-        interval: feasible counts of this group; None after the last group, whose observation keeps the last step's
+        static: (G, 8) from `static_features` of the same groups.
+        walk: the counts so far, and the budget.
+        interval: feasible counts of the next group; None after the last one, whose observation keeps the last step's
             static features and a closed interval.
     """
-    channels, step = cost_model.channels, len(chosen)
+    channels, chosen = walk.cost_model.channels, walk.chosen
+    step = len(chosen)
     group = min(step, len(channels) - 1)
-    rest = np.stack([channels, cost_model.min_keep]).astype(np.float64)  # (2, G)
-    rest[:, :step] = chosen
-    fractions = cost_model.costs(rest)[:, 0] / cost_model.dense.macs
-    last = chosen[-1] / channels[step - 1] if step else 1.0
+    least, most = walk.ends[:, 0] / walk.cost_model.dense.macs
     low, even, high = interval or KeepInterval(chosen[-1], chosen[-1], chosen[-1])
     observation = np.empty(FEATURES, dtype=np.float32)
-    observation[0] = mean_target(budget)
+    observation[0] = mean_target(walk.budget)
     observation[1] = step / len(channels)
     observation[_STATIC] = static[group]
-    observation[10:12] = fractions
+    observation[10:12] = most, least
     observation[12:15] = np.array([even, low, high]) / channels[group]
-    observation[15] = last
+    observation[15] = chosen[-1] / channels[step - 1] if step else 1.0
     return observation

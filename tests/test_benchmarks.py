@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,8 +15,8 @@ from conftest import keep_all, random_policy, resnet20
 from test_scoring import NORMALISATION, random_images
 from torch import Tensor, nn
 
-from benchmarks import search_speed
-from benchmarks.fewer_images import images_needed, raced
+from benchmarks import scaling, search_speed, whole_search
+from benchmarks.fewer_images import best_third, images_needed, raced
 from benchmarks.peers import (
     PlainImages,
     Shape,
@@ -28,8 +29,10 @@ from benchmarks.peers import (
     dropped_entries,
     layer_times,
 )
-from benchmarks.search_speed import Subject, check_peers, draw_policies, in_turn
+from benchmarks.search_speed import check_peers, in_turn
+from benchmarks.speed_subject import Subject, draw_policies
 from benchmarks.speed_summary import agreement, floor_seconds, spread
+from cacp.checkpoint import save_json
 from cacp.cost import counted_cost
 from cacp.evaluation import recalibrate_batchnorm, resolve_precision
 from cacp.graph import trace
@@ -257,7 +260,7 @@ def test_the_figures_of_a_run_follow_from_its_raw_ones(
     assert result["agreement"]["ours fp32 and plain fp32"]["largest_difference"] <= 1 / 120 + 1e-9
     assert result["raw"]["top1"]["A"] == pytest.approx(result["raw"]["top1"]["plain fp32"], abs=1 / 120 + 1e-9)
     assert max(max(found.values()) for found in result["equality"].values()) < 1e-5
-    assert list(result["slicing_ms"]) == ["ours", "A", "B"]
+    assert list(result["slicing_ms"]) == ["ours", "A", "B", "ours, and loaded into the fused network"]
     assert result["convolutions_only"]["policies"] == 3
     shown = capsys.readouterr().out
     assert "3 policies, 270 images each on cpu" in shown
@@ -297,3 +300,68 @@ def test_a_race_drops_what_cannot_win() -> None:
     result = raced(np.array([0.5, 0.5]), np.stack([rival, worse]), best=1, errors=3.0, step=250)
     assert result["part_of_images"] == (2000 + 250) / 2 / 2000
     assert result["correlations"]["0.5"] == {"spearman": 1.0, "kendall": 1.0}
+
+
+def test_the_best_third_is_taken_within_every_target() -> None:
+    targets = np.array([0.3, 0.5, 0.3, 0.5, 0.3, 0.5, 0.5, 0.5, 0.5])
+    scores = np.array([0.2, 0.9, 0.4, 0.7, 0.3, 0.8, 0.6, 0.5, 0.1])
+    assert np.flatnonzero(best_third(targets, scores)).tolist() == [1, 2, 5]
+
+
+# a search -------------------------------------------------------------------------------------------------------------
+
+
+def test_exponents_by_hand() -> None:
+    def row(images: int, seconds: float, memory: int) -> dict:
+        return {
+            "images": images, "episode_seconds": seconds, "preparation_seconds": 3.0, "largest_memory_bytes": memory,
+            "largest_gpu_memory_bytes": None, "phase_seconds": {"evaluation": seconds - 1},
+        }  # fmt: skip
+
+    found = scaling.exponents("images", [row(1, 1.5, 5), row(2, 2, 10), row(4, 5, 20)])  # from the middle to the last
+    expected = {"episode_seconds": 1.32, "preparation_seconds": 0, "largest_memory_bytes": 1, "evaluation": 2}
+    assert found == expected
+
+
+def test_a_point_of_the_scaling_is_measured_and_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    point = {"depth": 20, "images": 125, "targets": 2, "episodes": 4, "scored": True}
+    row = point | scaling.measured(**point, device="cpu")
+    assert (row["groups"], row["macs"], row["largest_gpu_memory_bytes"]) == (9, 40_551_040, None)
+    assert set(scaling.PHASES) <= set(row["phase_seconds"])
+    total = sum(seconds for seconds in row["phase_seconds"].values())
+    assert 0 < row["phase_seconds"]["slicing"] < row["episode_seconds"] < 10 * total
+    monkeypatch.setattr(scaling, "AXES", {"images": [{}, {"images": 250}]})
+    monkeypatch.setattr(scaling, "in_a_process", lambda change, device: row | {"images": change["images"]})
+    files = ["--result", str(tmp_path / "scaling.json"), "--figure", str(tmp_path / "scaling.svg")]
+    monkeypatch.setattr(sys, "argv", ["scaling.py", "--axes", "images", *files])
+    scaling.main()
+    result = json.loads((tmp_path / "scaling.json").read_text())
+    assert [point["images"] for point in result["axes"]["images"]] == [2000, 250]
+    assert result["exponents"]["images"]["evaluation"] == 0
+    assert (tmp_path / "scaling.svg").read_text().count("<svg") == 1
+    assert "images 250" in capsys.readouterr().out
+
+
+def test_a_whole_search_is_timed_and_never_a_resumed_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["--config=configs/digits_resnet56.yaml", "--output", str(tmp_path / "run"), "--seed=3", "--episodes=80"]
+    seen: list[list[str]] = []
+
+    def search(command: list[str], check: bool) -> None:
+        seen.append(command)
+        save_json(tmp_path / "run" / "search" / "profile.json", {"evaluation": 2.0})
+        save_json(tmp_path / "run" / "dense" / "result.json", {"validation_top1": 0.5})
+
+    monkeypatch.chdir(Path(__file__).resolve().parent.parent)
+    monkeypatch.setattr(whole_search, "subprocess", SimpleNamespace(run=search))
+    monkeypatch.setattr(whole_search, "load_policies", lambda folder: [])
+    monkeypatch.setattr(sys, "argv", ["whole_search.py", "--result", str(tmp_path / "whole.json"), *words])
+    whole_search.main()
+    assert seen == [[sys.executable, "search.py", *words, "--profile"]]
+    result = json.loads((tmp_path / "whole.json").read_text())
+    assert result["seconds_an_episode"] == pytest.approx(result["wall_seconds"] / 80)
+    assert (result["phase_seconds"], result["policies"]) == ({"evaluation": 2.0}, {})
+    assert result["settings"]["episodes"] == 80
+    with pytest.raises(UserError, match="is there already; move it away, or use another --output"):
+        whole_search.main()

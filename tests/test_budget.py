@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -13,12 +14,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from cacp.budget import (
+    BudgetWalk,
     KeepInterval,
     check_reachable,
-    even_ratio,
     in_window,
     keep_count,
-    keep_interval,
     meets_targets,
     reachable_fractions,
     uniform_counts,
@@ -44,11 +44,20 @@ def streams() -> CostModel:
     return CostModel(trace(resnet20(), torch.zeros(1, 3, 32, 32), "all"))
 
 
+def walked(cost_model: CostModel, budget: Budget, counts: Sequence[int] = ()) -> BudgetWalk:
+    walk = BudgetWalk(cost_model, budget)
+    for count in counts:
+        walk.choose(count)
+    return walk
+
+
 def played(cost_model: CostModel, budget: Budget, actions: np.ndarray) -> list[int]:
-    chosen: list[int] = []
+    walk = BudgetWalk(cost_model, budget)
     for action in actions:
-        chosen.append(keep_count(keep_interval(cost_model, budget, chosen), float(action)))
-    return chosen
+        assert not walk.finished
+        walk.choose(keep_count(walk.interval(), float(action)))
+    assert walk.finished
+    return walk.chosen
 
 
 @pytest.mark.parametrize("target", [0.3, 0.5, 0.7])
@@ -96,7 +105,7 @@ def test_all_zeros_are_the_uniform_policy(inner: CostModel, target: float) -> No
     assert tuple(played(inner, budget, np.zeros(len(inner.names)))) == counts
     ratios = np.array(counts) / inner.channels
     assert np.ptp(ratios) < 1 / 16 + 1e-9  # one channel of the narrowest group
-    assert abs(ratios.mean() - even_ratio(inner, budget)) < 0.02
+    assert abs(ratios.mean() - walked(inner, budget).even_ratio()) < 0.02
 
 
 def test_even_ratio_by_hand() -> None:
@@ -104,11 +113,48 @@ def test_even_ratio_by_hand() -> None:
     cost_model = chain(20, 20, 10)
     assert cost_model.dense.macs == 144 * (60 + 400 + 200)
     ratio = (-260 + (260**2 + 4 * 400 * 0.5 * 660) ** 0.5) / 800
-    assert even_ratio(cost_model, Budget({"macs": 0.5})) == pytest.approx(ratio, abs=2e-6)
+    assert walked(cost_model, Budget({"macs": 0.5})).even_ratio() == pytest.approx(ratio, rel=1e-9)
     # 5 channels chosen: 15 + 100 r + 200 r = 330, more than all
-    assert even_ratio(cost_model, Budget({"macs": 0.5}), [5]) == 1
-    assert even_ratio(cost_model, Budget({"macs": 0.25}), [5]) == pytest.approx((165 - 15) / 300, abs=2e-6)
-    assert even_ratio(cost_model, Budget({"macs": 1.0})) == 1
+    assert walked(cost_model, Budget({"macs": 0.5}), [5]).even_ratio() == 1
+    assert walked(cost_model, Budget({"macs": 0.25}), [5]).even_ratio() == pytest.approx((165 - 15) / 300, rel=1e-9)
+    assert walked(cost_model, Budget({"macs": 1.0})).even_ratio() == 1
+    # all 20 chosen: 60 + 20 * 2 + 2 * 10 = 120 at least, more than 0.18 * 660
+    assert walked(cost_model, Budget({"macs": 0.18}), [20]).even_ratio() == 0
+
+
+@pytest.mark.parametrize("budget", [{"macs": 0.2}, {"macs": 0.5}, {"params": 0.6, "macs": 0.7}], ids=str)
+@pytest.mark.parametrize("network", ["inner", "streams", "odd"])
+def test_the_even_ratio_is_where_the_rest_breaks_the_budget(
+    request: pytest.FixtureRequest, network: str, budget: dict[str, float]
+) -> None:
+    cost_model = chain(7, 31, 12, 5, 50, 10) if network == "odd" else request.getfixturevalue(network)
+    dense, generator, between = np.array(cost_model.dense), np.random.default_rng(5), 0
+    columns = [("macs", "params").index(cost) for cost in budget]
+    for _ in range(20):
+        counts = played(cost_model, Budget(budget), generator.uniform(-1, 1, len(cost_model.names)))
+        step = int(generator.integers(len(counts)))
+        ratio = walked(cost_model, Budget(budget), counts[:step]).even_ratio()
+
+        def meets(ratio: float, counts: list[int] = counts, step: int = step) -> bool:
+            rest = np.maximum(ratio * cost_model.channels, cost_model.min_keep)
+            costs = cost_model.costs(np.array([*counts[:step], *rest[step:]]))
+            return bool((costs / dense <= np.array([budget.get("macs", 1), budget.get("params", 1)]))[columns].all())
+
+        assert meets(ratio - 1e-9)
+        if ratio < 1:
+            assert not meets(ratio + 1e-9)
+            between += 1
+    assert between >= 10
+
+
+@pytest.mark.parametrize("network", ["inner", "streams"])
+def test_a_walk_knows_the_costs_of_both_ends(request: pytest.FixtureRequest, network: str) -> None:
+    cost_model: CostModel = request.getfixturevalue(network)
+    counts = played(cost_model, Budget({"macs": 0.4}), np.linspace(-1, 1, len(cost_model.names)))
+    for step in range(len(counts) + 1):
+        least, most = walked(cost_model, Budget({"macs": 0.4}), counts[:step]).ends
+        assert tuple(least) == cost_model.cost([*counts[:step], *cost_model.min_keep[step:]])
+        assert tuple(most) == cost_model.cost([*counts[:step], *cost_model.channels[step:]])
 
 
 @pytest.mark.parametrize("target", [0.3, 0.6])
@@ -117,12 +163,12 @@ def test_intervals_end_where_one_channel_more_breaks_the_budget(streams: CostMod
     generator = np.random.default_rng(3)
     ends = {"low": 0, "high": 0}
     for _ in range(10):
-        chosen: list[int] = []
+        walk = BudgetWalk(streams, budget)
         for group, (least, most) in enumerate(zip(streams.min_keep, streams.channels, strict=True)):
-            interval = keep_interval(streams, budget, chosen)
+            interval = walk.interval()
             assert least <= interval.low <= interval.even <= interval.high <= most
 
-            def with_rest(count: int, rest: np.ndarray, prefix: list[int] = chosen, group: int = group) -> float:
+            def with_rest(count: int, rest: np.ndarray, prefix: list[int] = walk.chosen, group: int = group) -> float:
                 return streams.cost([*prefix, count, *rest[group + 1 :]]).macs / dense
 
             assert with_rest(interval.high, streams.min_keep) <= target
@@ -133,7 +179,7 @@ def test_intervals_end_where_one_channel_more_breaks_the_budget(streams: CostMod
             if interval.low > least:
                 assert with_rest(interval.low - 1, streams.channels) < target - 0.005
                 ends["low"] += 1
-            chosen.append(int(generator.choice([interval.low, interval.high, round(interval.even)], p=(0.2, 0.6, 0.2))))
+            walk.choose(int(generator.choice([interval.low, interval.high, round(interval.even)], p=(0.2, 0.6, 0.2))))
     assert min(ends.values()) >= 3  # both ends were bounds of the budget, not only of the group
 
 
@@ -146,7 +192,7 @@ def test_no_policy_of_the_window_is_out_of_reach() -> None:
             continue
         found += 1
         for group, count in enumerate(counts):
-            interval = keep_interval(cost_model, budget, counts[:group])
+            interval = walked(cost_model, budget, counts[:group]).interval()
             assert interval.low <= count <= interval.high
     assert found > 5
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -72,6 +74,17 @@ def test_many_policies_at_once_equal_one_by_one() -> None:
     cost_model = CostModel(trace(resnet20(), torch.zeros(1, 3, 32, 32), "all"))
     counts = np.random.default_rng(0).integers(1, cost_model.channels + 1, (7, len(cost_model.names)))
     assert [Cost(*map(int, row)) for row in cost_model.costs(counts)] == [cost_model.cost(row) for row in counts]
+
+
+@pytest.mark.parametrize("build", [branches, shared, two_layers])
+def test_a_change_is_the_difference_of_two_costs(build: Callable[[], nn.Module]) -> None:
+    cost_model = CostModel(trace(build(), torch.zeros(1, 3, 8, 8), "all"))
+    counts = np.random.default_rng(0).integers(1, cost_model.channels + 1, (6, len(cost_model.names)))
+    for group, channels in enumerate(cost_model.channels):
+        after = np.repeat(counts[:, None], channels, axis=1)  # (6, K, G)
+        after[..., group] = np.arange(1, channels + 1)
+        change = cost_model.change(counts[:, None], group, np.arange(1, channels + 1))  # (6, K, 2)
+        np.testing.assert_array_equal(change, cost_model.costs(after) - cost_model.costs(counts)[:, None])
 
 
 def test_costs_never_fall_when_a_count_grows() -> None:

@@ -15,7 +15,7 @@ from torch import nn
 
 import envs
 from agents.noise import NoiseSchedule, truncated_normal
-from cacp.budget import KeepInterval, keep_interval, uniform_counts
+from cacp.budget import BudgetWalk, KeepInterval, uniform_counts
 from cacp.cost import CostModel
 from cacp.graph import trace
 from cacp.models import build_model
@@ -205,12 +205,11 @@ def test_an_episode_can_be_told_again_by_a_pure_function(groups: ChannelGroups) 
     static, cost_model = static_features(groups), CostModel(groups)
 
     def retold(budget: Budget) -> np.ndarray:
-        rows = []
-        for step in range(10):
-            chosen = result.counts[:step]
-            interval = keep_interval(cost_model, budget, chosen) if step < 9 else None
-            rows.append(observe(static, cost_model, budget, chosen, interval))
-        return np.stack(rows)
+        walk, rows = BudgetWalk(cost_model, budget), []
+        for count in result.counts:
+            rows.append(observe(static, walk, walk.interval()))
+            walk.choose(count)
+        return np.stack([*rows, observe(static, walk, None)])
 
     np.testing.assert_array_equal(retold(result.budget), seen)
     other = retold(Budget({"macs": cost_model.cost(result.counts).macs / cost_model.dense.macs}))
@@ -238,11 +237,13 @@ def test_static_features_by_hand() -> None:
 def test_the_last_observation_closes_the_interval() -> None:
     groups = trace(resnet20(), torch.zeros(1, 3, 32, 32))
     cost_model, budget = CostModel(groups), Budget({"macs": 0.5})
-    chosen = uniform_counts(cost_model, budget)
-    last = observe(static_features(groups), cost_model, budget, chosen, None)
-    np.testing.assert_allclose(last[12:16], chosen[-1] / 64, rtol=1e-6)
-    first = observe(static_features(groups), cost_model, budget, [], KeepInterval(4, 8.0, 16))
+    walk = BudgetWalk(cost_model, budget)
+    first = observe(static_features(groups), walk, KeepInterval(4, 8.0, 16))
     np.testing.assert_allclose(first[12:16], [0.5, 0.25, 1, 1])
+    for count in uniform_counts(cost_model, budget):
+        walk.choose(count)
+    last = observe(static_features(groups), walk, None)
+    np.testing.assert_allclose(last[12:16], count / 64, rtol=1e-6)
 
 
 class Stratified:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from cacp import scoring
 from cacp.cost import counted_cost
 from cacp.data import ImageData
 from cacp.graph import trace
+from cacp.profiling import Profile
 from cacp.schema import ChannelGroups, Normalisation, Policy, UserError
 from cacp.scoring import PolicyScorer, evaluation_batch
 from cacp.slicing import slice_model
@@ -221,11 +223,14 @@ def test_an_unfusable_model_is_scored_in_plain_pytorch() -> None:
     layers = {"a": nn.Conv2d(3, 4, 3, padding=1), "b": nn.Conv2d(4, 4, 3, padding=1), "norm": nn.BatchNorm2d(4)}
     model = lively(Net(overwriting, **layers, out=nn.Linear(256, 10)))
     groups = trace(model, torch.zeros(1, 3, 8, 8), "all")
+    profile = Profile(clock=itertools.count().__next__)
     with pytest.warns(UserWarning, match="scored in plain PyTorch, which is slower: Net gives other outputs"):
-        scorer = PolicyScorer(model, groups, VALIDATION, CALIBRATION, NORMALISATION)
+        scorer = PolicyScorer(model, groups, VALIDATION, CALIBRATION, NORMALISATION, profile=profile)
     policy = random_policy(groups, 0)
     assert not scorer.fused
-    assert scorer(policy)[:2] == scorer.evaluate(scorer.sliced(policy))
+    score = scorer(policy)
+    assert profile.seconds == {"slicing": 1, "recalibration": 1, "evaluation": 1}
+    assert score[:2] == scorer.evaluate(scorer.sliced(policy))
 
 
 @pytest.mark.parametrize("empty", ["validation", "calibration"])

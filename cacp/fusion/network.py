@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from cacp.evaluation import recalibrate_batchnorm
+from cacp.evaluation import autocast, recalibrate_batchnorm
 from cacp.fusion.patterns import Pattern, is_call_of, module_of
 from cacp.fusion.units import Moments, Recorder, Unit
 from cacp.graph import traced
@@ -115,7 +115,7 @@ class FusedNetwork:
         """
         self._recorder.moments = {}
         try:
-            with self._autocast(images.device):
+            with autocast(images.device, self._precision):
                 self._network(images)
             return [self._recorder.moments[unit.position] for unit in self._units]
         finally:
@@ -137,11 +137,8 @@ class FusedNetwork:
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
         """Logits (B, classes) of images (B, C, H, W)."""
-        with self._autocast(images.device):
+        with autocast(images.device, self._precision):
             return self._network(images)
-
-    def _autocast(self, device: torch.device) -> torch.autocast:
-        return torch.autocast(device.type, self._precision, enabled=self._precision != torch.float32)
 
 
 def _has(model: nn.Module, name: str) -> bool:
