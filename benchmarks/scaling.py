@@ -168,10 +168,11 @@ def draw(axes: dict[str, list[dict[str, Any]]], path: Path) -> None:
             (("episode_seconds", 1e-3, "an episode, ms"), ("largest_memory_bytes", 2**20, "largest memory, MiB"))
         ):
             panel = figure.add_subplot(2, len(axes), 1 + row * len(axes) + column)
-            panel.plot([point[axis] for point in rows], [point[key] / unit for point in rows], "o-", color="#2563a8")
-            panel.set_ylim(bottom=0)
+            values = [point[key] / unit for point in rows]
+            panel.plot([point[axis] for point in rows], values, "o-", color="#2563a8")
+            panel.set_ylim(0, 1.15 * max(values))
             panel.set_xlim(left=0)
-            panel.set_xlabel(axis)
+            panel.set_xlabel(axis if rows[-1]["scored"] else f"{axis} (constant score)")
             if column == 0:
                 panel.set_ylabel(label)
     figure.savefig(path, metadata={"Date": None})
