@@ -2,39 +2,49 @@
 
     python -m benchmarks.fewer_images RUN --searches MANY FEW [MANY FEW ...] --result results/fewer_images.json
 
-RUN is a finished search: some of its policies, spread over all its episodes, are scored with each number of calibration
-images, and their answers on every validation image are kept. From these come, for each target: Spearman's and Kendall's
-correlation of top-1 with that of all images, also among the best third of the policies; and races: a policy is dropped
-after a round of images if the upper bound of its top-1 minus that of the K-th best so far, on the images seen, lies
-below 0 (mean difference + z standard errors); its score is the other's plus that difference. --searches are pairs of
-runs of equal seeds, with all calibration images and with few: top-1 of their policies on the images that did not choose
-them.
+RUN is a finished search. All of its policies are scored as it did, and some, spread over all its episodes, with each
+number of calibration images; their answers on every validation image are kept. From these come, for each target:
 
-Letters: P policies, V validation images.
+- Spearman's and Kendall's correlation of top-1 with that of all calibration images, Spearman's with its 95 % interval
+  (Fisher's transformation, standard error 1.03 / sqrt(P - 3)); also among the best third of the policies;
+- the same for fewer validation images;
+- races: a policy is dropped after a round of images if the upper bound of its top-1 minus that of the K-th best so far,
+  on the images seen, lies below 0 (mean difference + z standard errors); its score is the other's plus that difference.
+
+--searches are pairs of runs of equal seeds, with all calibration images and with few: top-1 of their policies on the
+images that did not choose them.
+
+Letters: E episodes, P policies, V validation images.
 """
 
 import argparse
 import csv
 import itertools
+import math
 import statistics
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import yaml
-from scipy import stats
+from torch import Tensor
 
+from benchmarks.speed_summary import rank_correlations
 from benchmarks.summarise import portable
 from cacp.checkpoint import save_json
 from cacp.config import Experiment
-from cacp.data import normalise
+from cacp.data import ImageData, normalise
 from cacp.evaluation import device_of, resolve_precision
 from cacp.fusion import FusedNetwork
 from cacp.history import Episode
 from cacp.importance import channel_orders
-from cacp.pipeline import build_workbench, environment, load_splits, run_command
+from cacp.pipeline import Workbench, build_workbench, environment, load_splits, run_command
 from cacp.policies import load_policies
+from cacp.reporting import ProgressLine
 from cacp.schema import UserError
 from cacp.scoring import CALIBRATION_BATCH, EVALUATION_BATCH
 from cacp.slicing import counts_policy, slice_model
@@ -45,16 +55,18 @@ RACES = tuple(itertools.product((1, 3, 10), (1.5, 2.0, 3.0), (250, 500)))  # K, 
 
 
 class Answers(NamedTuple):
-    """Right or wrong of every policy on every validation image, by number of calibration batches."""
+    """Right or wrong of policies on every validation image, in the order of their episodes."""
 
-    targets: np.ndarray  # (P,)
-    right: dict[int, np.ndarray]  # (P, V) of 0 and 1, policies in the order of their episodes
+    targets: np.ndarray  # (E,)
+    right: np.ndarray  # (E, V) of 0 and 1, calibrated as the search did
+    spread: np.ndarray  # (P,) of the episodes
+    right_by_batches: dict[int, np.ndarray]  # (P, V) by the number of calibration batches
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="run folder of a finished search")
-    parser.add_argument("--policies", type=int, default=120)
+    parser.add_argument("--policies", type=int, default=300, help="scored with each number of calibration images")
     parser.add_argument("--searches", nargs="*", type=Path, default=[], help="run folders: MANY FEW MANY FEW ...")
     parser.add_argument("--result", required=True, type=Path, help="JSON file to write")
     arguments = parser.parse_args()
@@ -62,27 +74,8 @@ def main() -> None:
         parser.error("--searches takes pairs of runs: MANY FEW MANY FEW ...")
     searches = [compared(*pair) for pair in zip(arguments.searches[::2], arguments.searches[1::2], strict=True)]
     experiment = experiment_of(arguments.run)
-    answers = collected(experiment, arguments.policies)
-    full = answers.right[BATCHES[0]]
-    best = best_third(answers.targets, full.mean(1))
     result = {
-        "policies": len(answers.targets),
-        "top1_of_all_images": {
-            name: [float(part.mean()), float(part.std())]
-            for name, part in by_target(answers.targets, full.mean(1)).items()
-        },
-        "calibration": {
-            str(count * CALIBRATION_BATCH): correlations(answers.targets, full.mean(1), right.mean(1))
-            for count, right in answers.right.items()
-        },
-        "calibration_best_third": {
-            str(count * CALIBRATION_BATCH): correlations(answers.targets[best], full.mean(1)[best], right.mean(1)[best])
-            for count, right in answers.right.items()
-        },
-        "validation": {
-            str(count): correlations(answers.targets, full.mean(1), full[:, :count].mean(1)) for count in VALIDATION
-        },
-        "races": [raced(answers.targets, full, *race) for race in RACES],
+        **summed_up(collected(experiment, arguments.policies)),
         "searches": searches,
         "environment": environment(experiment.seed),
     }
@@ -91,39 +84,75 @@ def main() -> None:
         print(name, value)
 
 
+def summed_up(answers: Answers) -> dict[str, Any]:
+    targets = answers.targets[answers.spread]
+    by_images = {count * CALIBRATION_BATCH: right.mean(1) for count, right in answers.right_by_batches.items()}
+    full = by_images[max(by_images)]
+    best = best_third(targets, full)
+    own = answers.right.mean(1)
+    return {
+        "episodes": len(answers.targets),
+        "policies": len(targets),
+        "top1": {name: [float(part.mean()), float(part.std())] for name, part in by_target(targets, full).items()},
+        "calibration": {str(count): correlations(targets, full, scores) for count, scores in by_images.items()},
+        "calibration_best_third": {
+            str(count): correlations(targets[best], full[best], scores[best]) for count, scores in by_images.items()
+        },
+        "validation": {
+            str(count): correlations(answers.targets, own, answers.right[:, :count].mean(1)) for count in VALIDATION
+        },
+        "races": [raced(answers.targets, answers.right, *race) for race in RACES],
+    }
+
+
 def experiment_of(run: Path) -> Experiment:
     return Experiment(**{**yaml.safe_load((run / "config.yaml").read_text()), "output": str(run)})
 
 
 def collected(experiment: Experiment, policies: int) -> Answers:
-    """Score policies of a run, spread evenly over its episodes."""
+    """Score all policies of a run, and some of them, spread evenly over its episodes, with fewer and more images."""
     bench, splits = build_workbench(experiment), load_splits(experiment)
-    model, normalisation = bench.dense.model, bench.dense.normalisation
-    device = device_of(model)
-    network = FusedNetwork(model, bench.dense.example, resolve_precision(experiment.precision, device))
-    calibration, validation = (
-        [
-            normalise(data.batch(part), normalisation, device).contiguous(memory_format=torch.channels_last)
-            for part in torch.arange(len(data)).split(size)
-        ]
-        for data, size in ((splits.calibration, CALIBRATION_BATCH), (splits.validation, EVALUATION_BATCH))
+    network = FusedNetwork(
+        bench.dense.model, bench.dense.example, resolve_precision(experiment.precision, device_of(bench.dense.model))
     )
+    calibration = batches_of(bench, splits.calibration, CALIBRATION_BATCH)
+    validation = batches_of(bench, splits.validation, EVALUATION_BATCH)
+    own = math.ceil((experiment.search_calibration_images or len(splits.calibration)) / CALIBRATION_BATCH)
     with (experiment.folder / "search" / "episodes.csv").open(newline="") as file:
         episodes = [Episode.from_row(row) for row in csv.DictReader(file)]
-    chosen = [episodes[index] for index in np.linspace(0, len(episodes) - 1, policies).astype(int)]
+    spread = np.linspace(0, len(episodes) - 1, policies).astype(int)
     orders = channel_orders(bench.importance(experiment.criterion))
-    right: dict[int, list[np.ndarray]] = {count: [] for count in BATCHES}
-    for episode in chosen:
-        policy = counts_policy(bench.groups, episode.counts, orders, experiment.criterion)
-        network.load(slice_model(model, bench.groups, policy))
-        moments = [network.moments(batch) for batch in calibration]
-        for count in BATCHES:
-            network.set_statistics(moments[:count])
-            given = torch.cat([network(batch).argmax(1).cpu() for batch in validation])
-            right[count].append((given == splits.validation.labels).numpy().astype(float))
-    return Answers(
-        np.array([episode.target for episode in chosen]), {count: np.stack(rows) for count, rows in right.items()}
-    )
+    rows: dict[int, list[np.ndarray]] = {count: [] for count in (*BATCHES, 0)}  # 0: as the search did
+    with a_batch_a_thread() as pool, ProgressLine("policies", len(episodes)) as progress:
+        for index, episode in enumerate(episodes):
+            policy = counts_policy(bench.groups, episode.counts, orders, experiment.criterion)
+            network.load(slice_model(bench.dense.model, bench.groups, policy))
+            counts = BATCHES if index in spread else ()
+            moments = list(pool.map(network.moments, calibration[: max(own, *counts, 0)]))
+            for count in (0, *counts):
+                network.set_statistics(moments[: count or own])
+                given = torch.cat(list(pool.map(network, validation))).argmax(1).cpu()
+                rows[count].append((given == splits.validation.labels).numpy().astype(float))
+            progress.advance("")
+    by_batches = {count: np.stack(rows[count]) for count in BATCHES}
+    return Answers(np.array([episode.target for episode in episodes]), np.stack(rows[0]), spread, by_batches)
+
+
+def batches_of(bench: Workbench, data: ImageData, size: int) -> list[Tensor]:
+    """Batches (B, C, H, W) of a set, normalised, channels last in memory."""
+    device = device_of(bench.dense.model)
+    return [
+        normalise(data.batch(part), bench.dense.normalisation, device).contiguous(memory_format=torch.channels_last)
+        for part in torch.arange(len(data)).split(size)
+    ]
+
+
+@contextmanager
+def a_batch_a_thread() -> Iterator[ThreadPoolExecutor]:
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        yield pool
+    torch.set_num_threads(threads)
 
 
 def by_target(targets: np.ndarray, values: np.ndarray) -> dict[str, np.ndarray]:
@@ -139,16 +168,21 @@ def best_third(targets: np.ndarray, scores: np.ndarray) -> np.ndarray:
     return chosen
 
 
-def correlations(targets: np.ndarray, full: np.ndarray, other: np.ndarray) -> dict[str, dict[str, float]]:
+def correlations(targets: np.ndarray, full: np.ndarray, other: np.ndarray) -> dict[str, dict[str, Any]]:
     """Rank correlations of two scores (P,), within each target and over all."""
     parts = by_target(targets, np.stack([full, other], 1)) | {"all": np.stack([full, other], 1)}
-    return {
-        name: {
-            "spearman": round(float(stats.spearmanr(part).statistic), 3),
-            "kendall": round(float(stats.kendalltau(*part.T).statistic), 3),
-        }
-        for name, part in parts.items()
-    }
+    return {name: with_interval(rank_correlations(*part.T), len(part)) for name, part in parts.items()}
+
+
+def with_interval(found: dict[str, float | None], policies: int) -> dict[str, Any]:
+    """Rounded, and Spearman's 95 % interval where there is one."""
+    spearman = found["spearman"]
+    rounded: dict[str, Any] = {name: None if value is None else round(value, 3) for name, value in found.items()}
+    if spearman is None or policies <= 3 or abs(spearman) > 1 - 1e-9:
+        return rounded
+    half = 1.96 * 1.03 / math.sqrt(policies - 3)
+    ends = (math.tanh(math.atanh(spearman) + side * half) for side in (-1, 1))
+    return rounded | {"spearman_interval": [round(end, 3) for end in ends]}
 
 
 def raced(targets: np.ndarray, right: np.ndarray, best: int, errors: float, step: int) -> dict[str, Any]:

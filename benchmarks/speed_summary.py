@@ -167,20 +167,20 @@ def agreement(first: np.ndarray, second: np.ndarray, targets: Sequence[float]) -
     """
     difference, target_of = np.abs(first - second), np.array(targets[: len(first)])
     within = {
-        str(target): _rank_correlations(first[target_of == target], second[target_of == target])
+        str(target): rank_correlations(first[target_of == target], second[target_of == target])
         for target in sorted(set(target_of.tolist()))
     }
     return {
         "policies": len(first),
         "mean_difference": float(difference.mean()),
         "largest_difference": float(difference.max()),
-        **_rank_correlations(first, second),
+        **rank_correlations(first, second),
         "within_target": within,
     }
 
 
-def _rank_correlations(first: np.ndarray, second: np.ndarray) -> dict[str, float | None]:
-    """None where one side has a single value: there is no order to agree on."""
+def rank_correlations(first: np.ndarray, second: np.ndarray) -> dict[str, float | None]:
+    """Kendall's and Spearman's of two scores (P,); None where one has a single value: there is no order to agree on."""
     if min(len(set(first.tolist())), len(set(second.tolist()))) < 2:
         return {"kendall": None, "spearman": None}
     correlations = stats.kendalltau(first, second), stats.spearmanr(first, second)
@@ -194,6 +194,9 @@ def raw(measured: Measured, plain: Sequence[float]) -> dict[str, Any]:
         "macs": [one.cost.macs for one in measured.drawn],
         "keep_counts": [list(one.policy.counts.values()) for one in measured.drawn],
         "seconds": {name: [round(one.seconds, 6) for one in seen] for name, seen in measured.observations.items()},
+        "slicing_phase_seconds": {
+            name: [round(one.phases["slicing"], 6) for one in seen] for name, seen in measured.observations.items()
+        },
         "slice_model_seconds": [round(seconds, 6) for seconds in measured.slicing],
         "top1": {name: measured.top1(name).tolist() for name in measured.images} | {"plain fp32": list(plain)},
         "gmacs_per_second": {
