@@ -48,16 +48,18 @@ def main() -> None:
     namespace = parse("search", "Search pruning policies for all targets in one run.", sys.argv[1:])
     experiment = experiment_from(namespace)
     device = select_device(experiment.device)  # refuse before anything is written
-    if namespace.ask is not None:
-        ask(experiment, namespace.ask)
-        return
     profile = Profile(synchroniser(device)) if namespace.profile else Profile()
-    with profile.phase("other"):
-        run(experiment, profile)
-    if namespace.profile:
-        if "preparation" in profile.seconds:  # else all was done before
-            save_json(experiment.folder / "search" / "profile.json", profile.seconds)
-        show_profile(profile)
+    try:
+        with profile.phase("other"):
+            if namespace.ask is not None:
+                ask(experiment, namespace.ask, profile)
+            else:
+                run(experiment, profile)
+    finally:  # interrupted, too
+        if namespace.profile and "preparation" in profile.seconds:  # else all was done before
+            if namespace.ask is None:
+                save_json(experiment.folder / "search" / "profile.json", profile.seconds)
+            show_profile(profile)
 
 
 def run(experiment: Experiment, profile: Profile) -> None:
@@ -163,7 +165,7 @@ def scored_again(
     )
 
 
-def ask(experiment: Experiment, target: float) -> None:
+def ask(experiment: Experiment, target: float, profile: Profile) -> None:
     """One greedy roll-out of a finished search's agent at any target, scored, as policies/NAME.json.
 
     A policy that is there already is shown, not replaced.
@@ -181,7 +183,8 @@ def ask(experiment: Experiment, target: float) -> None:
     if not networks.is_file():
         raise UserError(f"{experiment.folder} holds no finished search; run search.py on it first")
     if missing_policies(experiment.folder, [budget.name], method_name(experiment)):
-        ranked = Ranked(build_workbench(experiment), experiment.criterion)
+        with profile.phase("preparation"):
+            ranked = Ranked(build_workbench(experiment, profile), experiment.criterion)
         env = ChannelPruningEnv(ranked.bench.groups, ranked.score, top1_reward, [target])
         agent = make_agent(experiment, env, len(ranked.bench.groups.prunable))
         agent.load_policy_state(load_tensors(networks))

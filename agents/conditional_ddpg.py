@@ -72,6 +72,9 @@ class Spread(FlattenExtractor):
         return 4 * super().forward(observations) - 2
 
 
+NETWORKS = {"net_arch": [300, 300], "features_extractor_class": Spread, "optimizer_kwargs": {"fused": True}}
+
+
 class ConditionalDDPG(DDPG):
     """DDPG for episodes with one reward at the end; the interface of `agents.Searcher`.
 
@@ -131,11 +134,7 @@ class ConditionalDDPG(DDPG):
             gradient_steps=-1,  # as many as the episode had transitions
             replay_buffer_class=EpisodeReplay,
             replay_buffer_kwargs={"generator": replay, "baseline": TargetBaseline(baseline_rate)},
-            policy_kwargs={
-                "net_arch": [300, 300],
-                "features_extractor_class": Spread,
-                "optimizer_kwargs": {"fused": True},
-            },
+            policy_kwargs=NETWORKS,
             seed=seed,
             device=device,
         )

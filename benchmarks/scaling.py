@@ -7,12 +7,12 @@ scorer, environment, agent and records. Around ResNet-56, 2,000 + 1,024 images a
 a time. The axis of episodes replaces the score by a constant: what remains is all that could grow with the length of
 a search. A row holds the median seconds of an episode with their interquartile range, its phases, the seconds before
 the first episode, and the largest memory of the process and on a GPU; an axis, the exponent of its growth: the slope of
-log(value) over log(quantity) from its middle to its largest point, where constant parts weigh least. 1 is linear.
+log(value) over log(quantity), fitted to the points from its middle to its largest, where constant parts weigh least. 1
+is linear. Targets lie evenly between macs 0.3 and 0.7; one target is 0.5.
 """
 
 import argparse
 import json
-import math
 import resource
 import statistics
 import subprocess
@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
@@ -50,11 +51,12 @@ from cacp.slicing import counts_policy
 from envs import ChannelPruningEnv
 from search import make_agent
 
-BASE = {"depth": 56, "images": 2000, "targets": 3, "episodes": 16, "scored": True}
-WARM_UP = 4  # episodes at random, not counted
+BASE = {"depth": 56, "images": 2000, "calibration": 1024, "targets": 3, "episodes": 15, "scored": True}
+WARM_UP = 6  # episodes at random, not counted
 AXES: dict[str, list[dict[str, Any]]] = {
     "depth": [{"depth": depth} for depth in (20, 32, 44, 56, 110)],
     "images": [{"images": images} for images in (500, 1000, 2000, 4000, 8000)],
+    "calibration": [{"calibration": images} for images in (256, 512, 1024, 2048)],
     "targets": [{"targets": targets, "episodes": 24} for targets in (1, 3, 6, 12)],
     "episodes": [{"episodes": episodes, "scored": False} for episodes in (250, 500, 1000, 2000)],
 }
@@ -91,7 +93,9 @@ def in_a_process(point: dict[str, Any], device: str) -> dict[str, Any]:
     return row
 
 
-def measured(depth: int, images: int, targets: int, episodes: int, scored: bool, device: str) -> dict[str, Any]:
+def measured(
+    depth: int, images: int, calibration: int, targets: int, episodes: int, scored: bool, device: str
+) -> dict[str, Any]:
     """Play a warm-up and `episodes` more; seconds of an episode and of its phases, and the largest memory."""
     start = time.perf_counter()
     place = select_device(device)
@@ -99,8 +103,8 @@ def measured(depth: int, images: int, targets: int, episodes: int, scored: bool,
     model = build_model(f"resnet{depth}", 10, seed=0).to(place).eval()
     groups = trace(model, torch.zeros(1, 3, 32, 32, device=place), "inner")
     cost_model = CostModel(groups)
-    score = scores(model, groups, images, profile) if scored else partial(constant_score, cost_model)
-    asked = [round(0.3 + 0.4 * index / max(1, targets - 1), 2) for index in range(targets)]
+    score = scores(model, groups, images, calibration, profile) if scored else partial(constant_score, cost_model)
+    asked = [round(0.3 + 0.4 * index / (targets - 1), 2) for index in range(targets)] if targets > 1 else [0.5]
     env = ChannelPruningEnv(groups, score, top1_reward, asked)
     with tempfile.TemporaryDirectory() as folder:
         experiment = Experiment(
@@ -109,8 +113,10 @@ def measured(depth: int, images: int, targets: int, episodes: int, scored: bool,
         history = History(Path(folder) / "episodes.csv", cost_model.dense, target_budgets(asked))
         agent = make_agent(experiment, env, len(groups.prunable))
         preparation = time.perf_counter() - start
-        with profile.phase("environment and actions"):
-            play(Path(folder), experiment.episodes, groups, agent, history, profile)
+        for total in (WARM_UP, experiment.episodes):
+            profile.seconds.clear()
+            with profile.phase("environment and actions"):
+                play(Path(folder), total, groups, agent, history, profile)
     seconds = [episode.seconds for episode in history.episodes[WARM_UP:]]
     low, median, high = statistics.quantiles(seconds if scored else seconds[-LAST:], n=4)
     return {
@@ -119,19 +125,19 @@ def measured(depth: int, images: int, targets: int, episodes: int, scored: bool,
         "preparation_seconds": preparation,
         "episode_seconds": median,
         "episode_seconds_iqr": high - low,
-        "phase_seconds": {name: total / experiment.episodes for name, total in profile.seconds.items()},
+        "phase_seconds": {name: total / episodes for name, total in profile.seconds.items()},
         "largest_memory_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
         "largest_gpu_memory_bytes": torch.cuda.max_memory_allocated(place) if place.type == "cuda" else None,
     }
 
 
 def scores(
-    model: nn.Module, groups: ChannelGroups, images: int, profile: Profile
+    model: nn.Module, groups: ChannelGroups, images: int, calibration: int, profile: Profile
 ) -> Callable[[tuple[int, ...]], Score]:
-    """The scorer of a search on random images, 1,024 of them for calibration."""
+    """The scorer of a search on random images."""
     precision = resolve_precision("auto", device_of(model))
-    validation, calibration = random_images(images, 0), random_images(1024, 1)
-    scorer = PolicyScorer(model, groups, validation, calibration, NORMALISATION, precision, profile)
+    sets = random_images(images, 0), random_images(calibration, 1)
+    scorer = PolicyScorer(model, groups, *sets, NORMALISATION, precision, profile)
     orders = channel_orders(channel_importance(model, groups, "l1"))
     return lambda counts: scorer(counts_policy(groups, counts, orders, "l1"))
 
@@ -147,16 +153,16 @@ def random_images(count: int, seed: int) -> ImageData:
 
 
 def exponents(axis: str, rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Slope of log(value) over log(quantity) between the middle and the largest point, for seconds and memory.
+    """Slope of log(value) over log(quantity) from the middle to the largest point, for seconds and memory.
 
     Phases and episodes count by the seconds of one episode: 0 on the axis of episodes says that the whole is linear.
     """
-    middle, last = rows[(len(rows) - 1) // 2], rows[-1]
-    step = math.log(last[axis] / middle[axis])
+    upper = rows[(len(rows) - 1) // 2 :]
     whole = ("episode_seconds", "preparation_seconds", "largest_memory_bytes", "largest_gpu_memory_bytes")
-    pairs = {name: (middle[name], last[name]) for name in whole if last[name] is not None}
-    pairs |= {name: (middle["phase_seconds"][name], seconds) for name, seconds in last["phase_seconds"].items()}
-    return {name: round(math.log(after / before) / step, 2) for name, (before, after) in pairs.items()}
+    values = {name: [row[name] for row in upper] for name in whole if upper[0][name] is not None}
+    values |= {name: [row["phase_seconds"][name] for row in upper] for name in upper[0]["phase_seconds"]}
+    quantities = np.log([row[axis] for row in upper])
+    return {name: round(float(np.polyfit(quantities, np.log(seen), 1)[0]), 2) for name, seen in values.items()}
 
 
 def draw(axes: dict[str, list[dict[str, Any]]], path: Path) -> None:

@@ -27,8 +27,9 @@ class KeepInterval(NamedTuple):
 class BudgetWalk:
     """Keep counts chosen group after group, in the order of `cost_model.names`, under a budget.
 
-    The costs are kept up to date for the rest of the groups at a few keep ratios, so that a step takes the same time in
-    a network of any depth.
+    The costs are kept up to date for the rest of the groups at a few keep ratios: 0, 1, and those at which a group
+    leaves its minimum. The time of a step grows with their number (one for each different width) and with the groups
+    that share a layer, not with depth.
 
     Args:
         cost_model: of the model.

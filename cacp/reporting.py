@@ -169,7 +169,7 @@ def show_profile(profile: Profile) -> None:
     total = sum(profile.seconds.values())
     phases = sorted(profile.seconds.items(), key=lambda item: -item[1])
     rows = [[name, f"{seconds:.2f}", percent(seconds / total)] for name, seconds in [*phases, ("all", total)]]
-    console.print(table("where the time went", ["phase", "seconds", "%"], rows))
+    console.print(table("where the time of this command went, imports apart", ["phase", "seconds", "%"], rows))
 
 
 def percent(fraction: float) -> str:

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from conftest import keep_all, random_policy, resnet20
 from test_scoring import NORMALISATION, random_images
 from torch import Tensor, nn
 
-from benchmarks import scaling, search_speed, whole_search
+from benchmarks import fewer_images, scaling, search_speed, speed_subject, whole_search
 from benchmarks.fewer_images import best_third, images_needed, raced
 from benchmarks.peers import (
     PlainImages,
@@ -33,11 +34,13 @@ from benchmarks.search_speed import check_peers, in_turn
 from benchmarks.speed_subject import Subject, draw_policies
 from benchmarks.speed_summary import agreement, floor_seconds, spread
 from cacp.checkpoint import save_json
+from cacp.config import Experiment
 from cacp.cost import counted_cost
 from cacp.evaluation import recalibrate_batchnorm, resolve_precision
 from cacp.graph import trace
 from cacp.importance import channel_importance, channel_orders
-from cacp.schema import Axis, ChannelGroup, ChannelGroups, Policy, UserError
+from cacp.schema import Axis, Budget, ChannelGroup, ChannelGroups, Cost, Policy, PolicyRecord, Score, UserError
+from cacp.scoring import PolicyScorer
 from cacp.slicing import slice_model
 
 CPU = torch.device("cpu")
@@ -112,6 +115,24 @@ def test_peers_run_in_the_default_memory_format_and_leave_the_dense_model_alone(
     assert model.get_submodule("layer1.0.conv1").weight.is_contiguous()
     assert not subject.model.get_submodule("layer1.0.conv1").weight.is_contiguous()
     assert all(torch.equal(tensor, before[name]) for name, tensor in subject.model.state_dict().items())
+
+
+def test_amcs_loader_has_amcs_batches() -> None:
+    assert [len(labels) for _, labels in plain_images(make_subject()).loader()] == [50, 50, 20]
+
+
+def test_ours_runs_in_the_precision_of_a_search_and_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[torch.dtype] = []
+
+    class Noted(PolicyScorer):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            built.append(arguments[5])
+
+    monkeypatch.setattr(speed_subject, "PolicyScorer", Noted)
+    subject = make_subject()._replace(precision=torch.bfloat16)
+    assert [system.name for system in search_speed.build_systems(subject, {})] == ["ours", "ours fp32"]
+    assert built == [torch.bfloat16, torch.float32]
 
 
 def test_dropped_entries_follow_segments_and_repeats() -> None:
@@ -302,6 +323,44 @@ def test_a_race_drops_what_cannot_win() -> None:
     assert result["correlations"]["0.5"] == {"spearman": 1.0, "kendall": 1.0}
 
 
+def test_a_race_gives_a_dropped_policy_the_rivals_score_plus_the_difference_seen() -> None:
+    rival = np.repeat([1.0, 0.0], [900, 1100])  # its first 250 images are easy: 100 % of them, 45 % of all
+    worse = np.tile([1.0, 0.0], 1000)  # 50 % of the first 250
+    result = raced(np.array([0.5, 0.5, 0.5]), np.stack([rival, worse, rival - 0.1 * rival]), 1, 3.0, 250)
+    assert result["part_of_images"] == pytest.approx((2000 + 250 + 250) / 3 / 2000)
+    assert result["correlations"]["0.5"]["kendall"] == pytest.approx(-1 / 3, abs=1e-3)  # 0.45, -0.05, 0.35
+
+
+def test_the_interval_of_a_correlation_by_hand() -> None:
+    found = fewer_images.with_interval({"spearman": 0.9661, "kendall": 0.9}, 30)
+    assert found == {"spearman": 0.966, "kendall": 0.9, "spearman_interval": [0.928, 0.984]}
+    assert fewer_images.with_interval({"spearman": None, "kendall": None}, 30) == {"spearman": None, "kendall": None}
+    assert fewer_images.with_interval({"spearman": 1.0, "kendall": 1.0}, 30) == {"spearman": 1.0, "kendall": 1.0}
+
+
+def test_searches_are_compared_policy_by_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    top1 = {"many": (0.5, 0.8), "few": (0.53, 0.79)}
+
+    def records(folder: Path) -> list[PolicyRecord]:
+        targets = zip((0.3, 0.5), top1[folder.name], strict=True)
+        policy, score = Policy({"a": (0,)}, "l1"), Score(0.0, 0.0, Cost(1, 1))
+        return [
+            PolicyRecord(policy, Budget({"macs": target}), score._replace(top1=value), score, "search cacp", 0, "inner")
+            for target, value in targets
+        ]
+
+    settings = {"many": 1024, "few": 512}
+    monkeypatch.setattr(
+        fewer_images, "experiment_of",
+        lambda run: Experiment(output=str(run), search_calibration_images=settings[run.name], seed=7),
+    )  # fmt: skip
+    monkeypatch.setattr(fewer_images, "load_policies", records)
+    found = fewer_images.compared(Path("runs/many"), Path("runs/few"))
+    assert found["points_few_minus_many"] == pytest.approx(100 * (0.03 - 0.01) / 2)
+    assert (found["seed"], found["images"]) == (7, {"many": 1024, "few": 512})
+    assert found["top1"]["few"] == {"macs-0.30": 0.53, "macs-0.50": 0.79}
+
+
 def test_the_best_third_is_taken_within_every_target() -> None:
     targets = np.array([0.3, 0.5, 0.3, 0.5, 0.3, 0.5, 0.5, 0.5, 0.5])
     scores = np.array([0.2, 0.9, 0.4, 0.7, 0.3, 0.8, 0.6, 0.5, 0.1])
@@ -326,7 +385,7 @@ def test_exponents_by_hand() -> None:
 def test_a_point_of_the_scaling_is_measured_and_drawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    point = {"depth": 20, "images": 125, "targets": 2, "episodes": 4, "scored": True}
+    point = {"depth": 20, "images": 125, "calibration": 150, "targets": 2, "episodes": 4, "scored": True}
     row = point | scaling.measured(**point, device="cpu")
     assert (row["groups"], row["macs"], row["largest_gpu_memory_bytes"]) == (9, 40_551_040, None)
     assert set(scaling.PHASES) <= set(row["phase_seconds"])

@@ -12,6 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sized
 from pathlib import Path
 from typing import Protocol
 
@@ -20,7 +21,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import cacp
+from benchmarks import fewer_images
+from cacp import pipeline
 from cacp.checkpoint import save_tensors
+from cacp.config import experiment_from, parse
 from cacp.models import build_model
 from cacp.pipeline import run_command
 from cacp.schema import PolicyRecord
@@ -193,6 +197,32 @@ def test_prune_writes_policies_that_export_takes(call: Call, finished: Path, tmp
     assert json.loads((folder / "dense" / "result.json").read_text())["validation_unseen"] is True
 
 
+def test_a_search_scores_with_few_calibration_images_and_the_best_again_with_all(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    counts: list[int] = []
+
+    def noted(model: object, groups: object, validation: object, calibration: Sized, *others: object) -> None:
+        counts.append(len(calibration))
+
+    monkeypatch.setattr(pipeline, "PolicyScorer", noted)
+    words = [*TINY, "--output", str(finished), "--search_calibration_images"]
+    for few in (64, 500):  # there are 128
+        pipeline.build_workbench(experiment_from(parse("search", "", [*words, str(few)])))
+    assert counts == [64, 128, 128, 128]
+
+
+def test_answers_on_images_are_those_that_scored_the_search(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(fewer_images, "BATCHES", (1,))
+    answers = fewer_images.collected(fewer_images.experiment_of(finished), 3)
+    assert answers.targets.tolist() == [float(row["target"]) for row in rows(finished)]
+    assert answers.right.mean(1) == pytest.approx([float(row["top1"]) for row in rows(finished)], abs=0.02)
+    assert answers.right.shape == (14, 100) and answers.spread.tolist() == [0, 6, 13]
+    assert answers.right_by_batches[1] == pytest.approx(answers.right[[0, 6, 13]])  # its 128 images are one batch
+
+
 def test_random_search_runs_by_the_same_command(call: Call, finished: Path, tmp_path: Path) -> None:
     folder = tmp_path / "random"
     command = ["search", *TINY, f"--weights={finished}", "--agent=random", "--episodes=3", "--output", folder]
@@ -200,6 +230,7 @@ def test_random_search_runs_by_the_same_command(call: Call, finished: Path, tmp_
     for phase in ("preparation", "slicing", "recalibration", "evaluation", "records", "scoring again"):
         assert re.search(rf"│ {phase} +│ +\d+\.\d\d │", shown), phase
     assert float(re.search(r"│ agent's updates +│ +(\S+) │", shown)[1]) == 0  # there is nothing to learn
+    assert json.loads((folder / "search" / "profile.json").read_text())["records"] > 0
     assert "where the time went" not in call(*command)
     record = json.loads((folder / "policies" / "macs-0.70.json").read_text())
     assert record["method"] == "search random"

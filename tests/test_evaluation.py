@@ -10,7 +10,7 @@ from conftest import assert_equal_weights, bars, snapshot, tiny_cnn
 from torch import nn
 
 from cacp.data import normalise
-from cacp.evaluation import evaluate, evaluate_data, recalibrate_batchnorm, resolve_precision
+from cacp.evaluation import evaluate, evaluate_data, recalibrate_batchnorm, resolve_precision, synchroniser
 from cacp.schema import Normalisation, UserError
 
 NORMALISATION = Normalisation((0.5,), (0.25,))
@@ -33,6 +33,15 @@ def test_precision_follows_what_the_cpu_computes_in(monkeypatch: pytest.MonkeyPa
     assert resolve_precision("auto", cpu) == torch.float32
     with pytest.raises(UserError, match="precision must be one of auto, fp32, bf16, but got 'fp16'"):
         resolve_precision("fp16", cpu)
+
+
+def test_a_gpu_is_waited_for_and_a_cpu_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    synchroniser(torch.device("cpu"))()
+    assert waited == []
+    synchroniser(torch.device("cuda:1"))()
+    assert waited == [torch.device("cuda:1")]
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 10])

@@ -334,6 +334,18 @@ def test_networks_that_compute_something_else_when_fused_are_refused(build: Buil
         FusedNetwork(build(0), images(1))
 
 
+def test_a_network_that_enlarges_rounding_errors_is_fused() -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()]
+    for _ in range(99):
+        layers += [nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(16 * 35, 10)).eval()
+    reference, x = copy.deepcopy(model), images(4)
+    expected, nearby = plain(reference, x, x), plain(reference, x + 1e-6 * images(4, 1), x)
+    assert (nearby - expected).abs().max() > 1e-3 * expected.abs().max()  # inputs differ by 1e-6
+    FusedNetwork(model, images(1))
+
+
 def test_networks_that_do_not_run_when_fused_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*arguments: object) -> Tensor:
         raise RuntimeError("unsupported datatype")

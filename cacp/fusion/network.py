@@ -15,6 +15,7 @@ from cacp.fusion.patterns import Pattern, is_call_of, module_of
 from cacp.fusion.units import Moments, Recorder, Unit
 from cacp.graph import traced
 
+NEARBY = 1e-6  # difference of two inputs, of their standard deviation: a few roundings in fp32
 CHECK_TOLERANCE = 2e-2  # of the largest logit, fused against plain PyTorch; fp32 differs by 1e-6, TF32 by 1e-3
 
 
@@ -57,7 +58,7 @@ class FusedNetwork:
         self._others = [name for name in names if name not in fused and _has(model, name)]
         self._check(model, example)
         self._precision = precision
-        self._trial(model, _noise(example))
+        self._trial(model, _noise(example, 0))
 
     def _replace(self, pattern: Pattern) -> None:
         name = f"fused_{len(self._units)}"
@@ -72,16 +73,21 @@ class FusedNetwork:
         pattern.last.replace_all_uses_with(fused)
 
     def _check(self, model: nn.Module, example: Tensor) -> None:
-        """Compare with plain PyTorch, in fp32: fusing changes the order in which writes in place are seen."""
-        reference, images = copy.deepcopy(model).eval(), _noise(example)
-        recalibrate_batchnorm(reference, images.clone(), len(images))
-        with torch.inference_mode():
-            expected = reference(images.clone())
-        difference = (self._trial(model, images) - expected).abs().max() / expected.abs().max().clamp(min=1e-6)
-        if not difference <= CHECK_TOLERANCE:
+        """Compare with plain PyTorch, in fp32: fusing changes the order in which writes in place are seen.
+
+        A network that enlarges rounding errors may differ by what it makes of input that differs by rounding.
+        """
+        images, nearby = _noise(example, 0), _noise(example, 0) + NEARBY * _noise(example, 1)
+        expected = _recalibrated_outputs(model, images)
+        largest = expected.abs().max().clamp(min=1e-6)
+        difference, unsteadiness = (
+            float((outputs - expected).abs().max() / largest)
+            for outputs in (self._trial(model, images), _recalibrated_outputs(model, nearby))
+        )
+        if not difference <= max(CHECK_TOLERANCE, 10 * unsteadiness):
             raise Unfusable(
-                f"{type(model).__name__} gives other outputs with batch norm fused, by {float(difference):.2g} of the "
-                "largest; something in its forward writes in place what is read elsewhere"
+                f"{type(model).__name__} gives other outputs with batch norm fused, by {difference:.2g} of the "
+                "largest; its forward may write in place what is read elsewhere"
             )
 
     def _trial(self, model: nn.Module, images: Tensor) -> Tensor:
@@ -149,7 +155,15 @@ def _has(model: nn.Module, name: str) -> bool:
     return True
 
 
-def _noise(example: Tensor) -> Tensor:
-    """Four images of the example's shape, the same for the same shape."""
-    generator = torch.Generator().manual_seed(0)
+def _recalibrated_outputs(model: nn.Module, images: Tensor) -> Tensor:
+    """Logits in plain PyTorch, with the batch-norm statistics of these images."""
+    reference = copy.deepcopy(model).eval()
+    recalibrate_batchnorm(reference, images.clone(), len(images))
+    with torch.inference_mode():
+        return reference(images.clone())
+
+
+def _noise(example: Tensor, seed: int) -> Tensor:
+    """Four images of the example's shape, the same for the same shape and seed."""
+    generator = torch.Generator().manual_seed(seed)
     return torch.randn(4, *example.shape[1:], generator=generator).to(example.device)
