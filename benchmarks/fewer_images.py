@@ -120,7 +120,8 @@ def collected(experiment: Experiment, policies: int) -> Answers:
     own = math.ceil((experiment.search_calibration_images or len(splits.calibration)) / CALIBRATION_BATCH)
     with (experiment.folder / "search" / "episodes.csv").open(newline="") as file:
         episodes = [Episode.from_row(row) for row in csv.DictReader(file)]
-    spread = np.linspace(0, len(episodes) - 1, policies).astype(int)
+    targets = np.array([episode.target for episode in episodes])
+    spread = spread_over(targets, policies)
     orders = channel_orders(bench.importance(experiment.criterion))
     rows: dict[int, list[np.ndarray]] = {count: [] for count in (*BATCHES, 0)}  # 0: as the search did
     with a_batch_a_thread() as pool, ProgressLine("policies", len(episodes)) as progress:
@@ -135,7 +136,15 @@ def collected(experiment: Experiment, policies: int) -> Answers:
                 rows[count].append((given == splits.validation.labels).numpy().astype(float))
             progress.advance("")
     by_batches = {count: np.stack(rows[count]) for count in BATCHES}
-    return Answers(np.array([episode.target for episode in episodes]), np.stack(rows[0]), spread, by_batches)
+    return Answers(targets, np.stack(rows[0]), spread, by_batches)
+
+
+def spread_over(targets: np.ndarray, policies: int) -> np.ndarray:
+    """Positions (P,), ascending, of as many policies of every target, evenly over its episodes; targets: (E,)."""
+    different = sorted(set(targets.tolist()))
+    parts = [np.flatnonzero(targets == target) for target in different]
+    chosen = [part[np.linspace(0, len(part) - 1, policies // len(parts)).astype(int)] for part in parts]
+    return np.sort(np.concatenate(chosen))
 
 
 def batches_of(bench: Workbench, data: ImageData, size: int) -> list[Tensor]:

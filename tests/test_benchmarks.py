@@ -361,6 +361,11 @@ def test_searches_are_compared_policy_by_policy(monkeypatch: pytest.MonkeyPatch)
     assert found["top1"]["few"] == {"macs-0.30": 0.53, "macs-0.50": 0.79}
 
 
+def test_policies_are_spread_evenly_over_the_episodes_of_every_target() -> None:
+    targets = np.array([0.3, 0.5, 0.7] * 5)
+    assert fewer_images.spread_over(targets, 9).tolist() == [0, 1, 2, 6, 7, 8, 12, 13, 14]
+
+
 def test_the_best_third_is_taken_within_every_target() -> None:
     targets = np.array([0.3, 0.5, 0.3, 0.5, 0.3, 0.5, 0.5, 0.5, 0.5])
     scores = np.array([0.2, 0.9, 0.4, 0.7, 0.3, 0.8, 0.6, 0.5, 0.1])
