@@ -31,6 +31,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from torch import nn
 
+from benchmarks.summarise import portable
 from cacp.checkpoint import save_json
 from cacp.config import Experiment
 from cacp.cost import CostModel
@@ -80,7 +81,8 @@ def main() -> None:
         axis: [in_a_process({**BASE, **change}, arguments.device) for change in AXES[axis]] for axis in arguments.axes
     }
     growth = {axis: exponents(axis, rows) for axis, rows in axes.items()}
-    save_json(arguments.result, {"axes": axes, "exponents": growth, "environment": environment(0)})
+    result = {"axes": axes, "exponents": growth, "environment": environment(0)}
+    save_json(arguments.result, portable(result))
     draw(axes, arguments.figure)
     show(axes, growth)
 
