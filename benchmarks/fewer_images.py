@@ -22,9 +22,6 @@ import csv
 import itertools
 import math
 import statistics
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +30,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from benchmarks.speed_summary import rank_correlations
+from benchmarks.speed_summary import by_target, rank_correlations
 from benchmarks.summarise import portable
 from cacp.checkpoint import save_json
 from cacp.config import Experiment
@@ -46,7 +43,7 @@ from cacp.pipeline import Workbench, build_workbench, environment, load_splits, 
 from cacp.policies import load_policies
 from cacp.reporting import ProgressLine
 from cacp.schema import UserError
-from cacp.scoring import CALIBRATION_BATCH, EVALUATION_BATCH
+from cacp.scoring import CALIBRATION_BATCH, EVALUATION_BATCH, Threads
 from cacp.slicing import counts_policy, slice_model
 
 BATCHES = (8, 4, 2, 1)  # of CALIBRATION_BATCH images; the first are all
@@ -124,15 +121,16 @@ def collected(experiment: Experiment, policies: int) -> Answers:
     spread = spread_over(targets, policies)
     orders = channel_orders(bench.importance(experiment.criterion))
     rows: dict[int, list[np.ndarray]] = {count: [] for count in (*BATCHES, 0)}  # 0: as the search did
-    with a_batch_a_thread() as pool, ProgressLine("policies", len(episodes)) as progress:
+    threads = Threads(device_of(bench.dense.model), len(validation))
+    with ProgressLine("policies", len(episodes)) as progress:
         for index, episode in enumerate(episodes):
             policy = counts_policy(bench.groups, episode.counts, orders, experiment.criterion)
             network.load(slice_model(bench.dense.model, bench.groups, policy))
             counts = BATCHES if index in spread else ()
-            moments = list(pool.map(network.moments, calibration[: max(own, *counts, 0)]))
+            moments = threads.map(network.moments, calibration[: max(own, *counts, 0)])
             for count in (0, *counts):
                 network.set_statistics(moments[: count or own])
-                given = torch.cat(list(pool.map(network, validation))).argmax(1).cpu()
+                given = torch.cat(threads.map(network, validation)).argmax(1).cpu()
                 rows[count].append((given == splits.validation.labels).numpy().astype(float))
             progress.advance("")
     by_batches = {count: np.stack(rows[count]) for count in BATCHES}
@@ -154,18 +152,6 @@ def batches_of(bench: Workbench, data: ImageData, size: int) -> list[Tensor]:
         normalise(data.batch(part), bench.dense.normalisation, device).contiguous(memory_format=torch.channels_last)
         for part in torch.arange(len(data)).split(size)
     ]
-
-
-@contextmanager
-def a_batch_a_thread() -> Iterator[ThreadPoolExecutor]:
-    threads = torch.get_num_threads()
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        yield pool
-    torch.set_num_threads(threads)
-
-
-def by_target(targets: np.ndarray, values: np.ndarray) -> dict[str, np.ndarray]:
-    return {str(target): values[targets == target] for target in sorted(set(targets.tolist()))}
 
 
 def best_third(targets: np.ndarray, scores: np.ndarray) -> np.ndarray:

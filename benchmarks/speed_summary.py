@@ -82,13 +82,17 @@ class Measured(NamedTuple):
         return np.array([floor_seconds(one.cost.macs, images, self.rate) for one in self.drawn])
 
     def by_target(self, values: np.ndarray) -> dict[str, np.ndarray]:
-        targets = np.array(self.targets)
-        return {str(target): values[targets == target] for target in sorted(set(self.targets))}
+        return by_target(np.array(self.targets), values)
 
     def described(self, values: np.ndarray) -> dict[str, Any]:
         """Median and interquartile range of values (P,), overall and by target."""
         parts = {target: spread(part) for target, part in self.by_target(values).items()}
         return spread(values) | {"by_target": parts}
+
+
+def by_target(targets: np.ndarray, values: np.ndarray) -> dict[str, np.ndarray]:
+    """The values (P, ...) of every target; targets: (P,)."""
+    return {str(target): values[targets == target] for target in sorted(set(targets.tolist()))}
 
 
 def spread(values: Sequence[float] | np.ndarray) -> dict[str, float]:
@@ -166,10 +170,8 @@ def agreement(first: np.ndarray, second: np.ndarray, targets: Sequence[float]) -
         targets: of the policies; more are not looked at.
     """
     difference, target_of = np.abs(first - second), np.array(targets[: len(first)])
-    within = {
-        str(target): rank_correlations(first[target_of == target], second[target_of == target])
-        for target in sorted(set(target_of.tolist()))
-    }
+    pairs = by_target(target_of, np.stack([first, second], axis=1))  # (P of the target, 2) each
+    within = {target: rank_correlations(*pair.T) for target, pair in pairs.items()}
     return {
         "policies": len(first),
         "mean_difference": float(difference.mean()),

@@ -71,9 +71,9 @@ class PolicyScorer:
         self._images = _prepared(validation, normalisation, self._device, precision)  # (V, C, H, W)
         self._calibration = _prepared(calibration, normalisation, self._device, precision)
         self._calibration_batches = self._calibration.tensor_split(math.ceil(len(calibration) / CALIBRATION_BATCH))
-        self._calibration_threads = _Threads(self._device, len(self._calibration_batches))
+        self._calibration_threads = Threads(self._device, len(self._calibration_batches))
         batch = evaluation_batch(self._device, validation.image_shape)
-        self._evaluation_threads = _Threads(self._device, math.ceil(len(validation) / batch))
+        self._evaluation_threads = Threads(self._device, math.ceil(len(validation) / batch))
         threads = self._evaluation_threads.count
         count = threads * math.ceil(len(validation) / (batch * threads))
         images, labels = self._images.tensor_split(count), self._labels.tensor_split(count)
@@ -146,7 +146,7 @@ def _prepared(data: ImageData, normalisation: Normalisation, device: torch.devic
     return images.to(precision, memory_format=torch.channels_last)
 
 
-class _Threads:
+class Threads:
     """Maps a function over batches, a batch a thread, with an equal share of the CPU's cores for each.
 
     Layers of a pruned CNN are too small to divide: with the cores in one layer after another, all wait for the last
