@@ -28,7 +28,14 @@ def main() -> None:
         console.print(
             f"dense {experiment.model}: {percent(bench.dense.validation_top1)} % top-1 on the validation images"
         )
-        subject = Subject(bench.groups, bench.cost_model, bench.importance, experiment.criterion)
+        subject = Subject(
+            groups=bench.groups,
+            cost_model=bench.cost_model,
+            importance=bench.importance,
+            criterion=experiment.criterion,
+            score=bench.scorer,
+            evaluations=experiment.episodes,
+        )
         for budget in budgets:
             check_reachable(bench.cost_model, budget)
         for budget in budgets:

@@ -9,14 +9,14 @@ best policy of every target. Run again, it goes on from the last checkpoint, or 
 
 import sys
 
-from agents import ConditionalDDPG, RandomSearch, Searcher
+from agents import ConditionalDDPG, make_agent
 from cacp.budget import BudgetWalk, check_reachable, reachable_fractions, uniform_counts
 from cacp.checkpoint import load_state, load_tensors, save_json, save_tensors
 from cacp.config import Experiment, experiment_from, parse
 from cacp.evaluation import synchroniser
 from cacp.history import History, target_budgets
-from cacp.importance import channel_orders
 from cacp.pipeline import (
+    Ranked,
     Workbench,
     build_workbench,
     check_run,
@@ -35,12 +35,10 @@ from cacp.reporting import (
     show_profile,
     table,
 )
-from cacp.reward import top1_reward
-from cacp.schema import Budget, Policy, PolicyRecord, Score, UserError
-from cacp.slicing import counts_policy
+from cacp.reward import log_odds_reward
+from cacp.schema import Budget, PolicyRecord, Score, UserError
 from envs import ChannelPruningEnv, EpisodeResult
 
-REPLAY_EPISODES = 100  # as in the paper
 RESCORED = 10  # best policies of a target that are scored again: maxima over noisy scores are biased
 
 
@@ -74,31 +72,13 @@ def run(experiment: Experiment, profile: Profile) -> None:
     show_policies(experiment.folder, names)
 
 
-class Ranked:
-    """A workbench with the channels of every group ranked: keep counts -> policy -> score."""
-
-    def __init__(self, bench: Workbench, criterion: str) -> None:
-        self.bench = bench
-        self._criterion = criterion
-        self._orders = channel_orders(bench.importance(criterion))
-
-    def policy(self, counts: tuple[int, ...]) -> Policy:
-        return counts_policy(self.bench.groups, counts, self._orders, self._criterion)
-
-    def score(self, counts: tuple[int, ...]) -> Score:
-        return self.bench.scorer(self.policy(counts))
-
-    def rescore(self, counts: tuple[int, ...]) -> Score:
-        return self.bench.rescorer(self.policy(counts))
-
-
 def search(experiment: Experiment, ranked: Ranked, budgets: list[Budget], profile: Profile) -> None:
     """Play the episodes, then write the best policy of every target."""
     bench, folder = ranked.bench, experiment.folder / "search"
     console.print(f"dense {experiment.model}: {percent(bench.dense.validation_top1)} % top-1 on the validation images")
     show_reachable(bench, budgets)
-    env = ChannelPruningEnv(bench.groups, ranked.score, top1_reward, experiment.targets)
-    agent = make_agent(experiment, env, len(bench.groups.prunable))
+    env = ChannelPruningEnv(bench.groups, ranked.score, log_odds_reward, experiment.targets)
+    agent = make_agent(experiment.agent, env, experiment.targets, experiment.seed, experiment.warmup_episodes)
     finished = 0
     saved = load_state(folder / "checkpoint")
     if saved:
@@ -110,25 +90,14 @@ def search(experiment: Experiment, ranked: Ranked, budgets: list[Budget], profil
     with profile.phase("environment and actions"):
         play(folder, experiment.episodes, bench.groups, agent, history, profile)
     with profile.phase("scoring again"):
-        save_tensors(folder / "agent" / "networks.safetensors", agent.policy_state())
+        if isinstance(agent, ConditionalDDPG):
+            save_tensors(folder / "agent" / "networks.safetensors", agent.policy_state())
         for budget in budgets:
             save_policy(experiment.folder, best_record(experiment, ranked, history, budget))
 
 
 def method_name(experiment: Experiment) -> str:
     return f"search {experiment.agent}"
-
-
-def make_agent(experiment: Experiment, env: ChannelPruningEnv, groups: int) -> Searcher:
-    """The agent of the experiment; an episode has a transition for each of the prunable `groups`."""
-    if experiment.agent == "random":
-        return RandomSearch(env, seed=experiment.seed)
-    return ConditionalDDPG(
-        env,
-        seed=experiment.seed,
-        warmup_episodes=experiment.warmup_episodes,
-        replay_transitions=REPLAY_EPISODES * groups,
-    )
 
 
 def best_record(experiment: Experiment, ranked: Ranked, history: History, budget: Budget) -> PolicyRecord:
@@ -143,11 +112,8 @@ def best_record(experiment: Experiment, ranked: Ranked, history: History, budget
             f"no episode met {budget.name}; {experiment.episodes} episodes are too few for "
             f"{len(experiment.targets)} targets, use --episodes"
         )
-    winner = max(candidates, key=lambda row: (ranked.rescore(row.counts).top1, -ranked.rescore(row.counts).loss))
-    cost = ranked.bench.cost_model.cost(winner.counts)
-    return scored_again(
-        experiment, ranked, budget, winner.counts, Score(winner.top1, winner.loss, cost), winner.episode
-    )
+    winner = max(candidates, key=lambda row: ranked.rescore(row.counts).probability)
+    return scored_again(experiment, ranked, budget, winner.counts, winner.score, winner.episode)
 
 
 def scored_again(
@@ -166,16 +132,16 @@ def scored_again(
 
 
 def ask(experiment: Experiment, target: float, profile: Profile) -> None:
-    """One greedy roll-out of a finished search's agent at any target, scored, as policies/NAME.json.
+    """The policy that a finished search's agent promises most of at any target, scored, as policies/NAME.json.
 
     A policy that is there already is shown, not replaced.
 
     Raises:
         UserError: if the search is not finished, or the target cannot be met.
     """
-    if experiment.agent == "random":
+    if experiment.agent != "cacp":
         raise UserError(
-            f"{experiment.folder} was searched at random: there is no agent to ask; use a run of --agent cacp"
+            f"{experiment.folder} was searched by {experiment.agent}, which cannot be asked; use a run of --agent cacp"
         )
     check_run(experiment)
     budget = Budget({"macs": target})
@@ -185,12 +151,12 @@ def ask(experiment: Experiment, target: float, profile: Profile) -> None:
     if missing_policies(experiment.folder, [budget.name], method_name(experiment)):
         with profile.phase("preparation"):
             ranked = Ranked(build_workbench(experiment, profile), experiment.criterion)
-        env = ChannelPruningEnv(ranked.bench.groups, ranked.score, top1_reward, [target])
-        agent = make_agent(experiment, env, len(ranked.bench.groups.prunable))
+        env = ChannelPruningEnv(ranked.bench.groups, ranked.score, log_odds_reward, [target])
+        agent = ConditionalDDPG(env, seed=experiment.seed)
         agent.load_policy_state(load_tensors(networks))
-        observation, info = env.reset()
-        while "result" not in info:
-            observation, _, _, _, info = env.step(agent.act(observation))
+        env.reset()
+        for action in agent.plan(target):
+            *_, info = env.step(action)
         result: EpisodeResult = info["result"]
         record = scored_again(experiment, ranked, budget, result.counts, result.score, episode=0)
         save_policy(experiment.folder, record)

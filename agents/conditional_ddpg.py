@@ -52,9 +52,16 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.torch_layers import FlattenExtractor
 
 from agents.noise import NoiseSchedule, truncated_normal
+from agents.planner import Plan, Planner, Rehearsal
 from agents.replay import EpisodeReplay, TargetBaseline
 from agents.searcher import EpisodeEnd, check_spaces
 from cacp.checkpoint import pack, unpack
+
+NEW_TARGET = 0.05  # a target that differs by more from all before begins with the even share
+IMAGINED_EPISODES = 4  # that the networks learn from beside every real one
+REPLAY_EPISODES = 100  # real and imagined
+ACTOR_LEARNING_RATE, CRITIC_LEARNING_RATE = 3e-4, 1e-3
+BATCH_SIZE = 64  # transitions of an update
 
 
 class Losses(NamedTuple):
@@ -76,10 +83,21 @@ NETWORKS = {"net_arch": [300, 300], "features_extractor_class": Spread, "optimiz
 
 
 class ConditionalDDPG(DDPG):
-    """DDPG for episodes with one reward at the end; the interface of `agents.Searcher`.
+    """DDPG for episodes with one reward at the end, that plans them; the interface of `agents.Searcher`.
 
     While an episode after the last one is already reset when `on_episode` runs (SB3's vectorised environments reset at
     once), nothing of it is played or drawn from the agent's generators.
+
+    Args:
+        env: action space Box(-1, 1, (1,)), flat observations whose entry 0 is the target, one reward at the end, and
+            its rules as `rehearsal`, see `agents.Rehearsal`.
+        seed: of initial weights, environment, exploration and replay.
+        warmup_episodes: random episodes at the start.
+        noise: sigma by episode after warm-up; NoiseSchedule() if None.
+        device: of the networks.
+
+    Raises:
+        UserError: for other spaces.
     """
 
     replay_buffer: EpisodeReplay
@@ -89,57 +107,38 @@ class ConditionalDDPG(DDPG):
         env: gymnasium.Env,
         *,
         seed: int = 0,
-        warmup_episodes: int = 100,
-        replay_transitions: int = 2700,
+        warmup_episodes: int = 15,
         noise: NoiseSchedule | None = None,
-        actor_learning_rate: float = 3e-4,
-        critic_learning_rate: float = 1e-3,
-        batch_size: int = 64,
-        baseline_rate: float = 0.05,
         device: str = "cpu",
     ) -> None:
-        """Build networks, optimisers and an empty replay.
-
-        Args:
-            env: action space Box(-1, 1, (1,)), flat observations whose entry 0 is the target, one reward at the end.
-            seed: of initial weights, environment, exploration and replay.
-            warmup_episodes: random episodes at the start; the networks learn from the last of them on.
-            replay_transitions: capacity of the replay; the oldest transitions make room.
-            noise: sigma by episode after warm-up; NoiseSchedule() if None.
-            actor_learning_rate: Adam's.
-            critic_learning_rate: Adam's.
-            batch_size: transitions of an update.
-            baseline_rate: weight of the newest episode in the moving reward statistics of its target, in (0, 1].
-            device: of the networks.
-
-        Raises:
-            UserError: for other spaces.
-        """
         check_spaces(env)
         self.warmup_episodes = warmup_episodes
         self.noise = noise or NoiseSchedule()
         self.losses = Losses()
-        self._update_seconds = 0.0
-        explore, replay = (np.random.default_rng(child) for child in np.random.SeedSequence(seed).spawn(2))
+        self._targets: list[float] = []  # of all episodes
+        self._outcome = _Outcome()
+        explore, replay, propose = (np.random.default_rng(child) for child in np.random.SeedSequence(seed).spawn(3))
         self.generator = explore
+        self._rehearsal: Rehearsal = env.get_wrapper_attr("rehearsal")
+        self._planner = Planner(self._rehearsal, propose)
         super().__init__(
             "MlpPolicy",
             env,
-            learning_rate=actor_learning_rate,
-            buffer_size=replay_transitions,
+            learning_rate=ACTOR_LEARNING_RATE,
+            buffer_size=REPLAY_EPISODES * self._rehearsal.steps,
             learning_starts=0,  # warm-up is counted in episodes, by `train`
-            batch_size=batch_size,
+            batch_size=BATCH_SIZE,
             gamma=1.0,
             train_freq=(1, "episode"),
             gradient_steps=-1,  # as many as the episode had transitions
             replay_buffer_class=EpisodeReplay,
-            replay_buffer_kwargs={"generator": replay, "baseline": TargetBaseline(baseline_rate)},
+            replay_buffer_kwargs={"generator": replay, "baseline": TargetBaseline()},
             policy_kwargs=NETWORKS,
             seed=seed,
             device=device,
         )
         for group in self.critic.optimizer.param_groups:
-            group["lr"] = critic_learning_rate
+            group["lr"] = CRITIC_LEARNING_RATE
         self.set_logger(Logger(folder=None, output_formats=[]))
 
     def _setup_model(self) -> None:
@@ -154,43 +153,88 @@ class ConditionalDDPG(DDPG):
 
     @property
     def sigma(self) -> float:
-        """Standard deviation of the exploration noise in the next episode."""
+        """Standard deviation of the exploration noise: of the next episode in warm-up, then of imagined ones."""
         return self.noise(self._episode_num - self.warmup_episodes)
 
     def run(self, episodes: int, on_episode: Callable[[EpisodeEnd], None]) -> None:
         """Play `episodes` more episodes, learn after each, and call `on_episode` after that."""
-        outcome = _Outcome()
         for _ in range(episodes):
-            sigma, self._update_seconds = self.sigma, 0.0
-            self.logger.record("agent/noise", sigma)
-            self.learn(1, callback=outcome, log_interval=sys.maxsize, reset_num_timesteps=False)
+            self._plan: Plan | None = None
+            self._actions: list[float] = []  # of the plan that are left
+            self._update_seconds = 0.0
+            self.learn(1, callback=self._outcome, log_interval=sys.maxsize, reset_num_timesteps=False)
+            plan, outcome = self._plan, self._outcome
+            assert plan is not None
             on_episode(
-                EpisodeEnd(self._episode_num, outcome.reward, sigma, *self.losses, outcome.info, self._update_seconds)
+                EpisodeEnd(
+                    self._episode_num, outcome.reward, plan.source, *self.losses, outcome.info, self._update_seconds
+                )
             )
 
     def _sample_action(
         self, learning_starts: int, action_noise: Any = None, n_envs: int = 1
     ) -> tuple[np.ndarray, np.ndarray]:
-        assert isinstance(self._last_obs, np.ndarray)
-        if self._episode_num < self.warmup_episodes:
-            mean = np.zeros((n_envs, 1), np.float32)
-        else:
-            mean = self.act(self._last_obs)
-        action = truncated_normal(mean, self.sigma, -1.0, 1.0, self.generator).astype(np.float32)  # (1, 1)
+        if self._plan is None:
+            assert isinstance(self._last_obs, np.ndarray)
+            start = time.perf_counter()
+            self._plan = self._planned(round(float(self._last_obs[0, 0]), 6))  # float32 0.3 is 0.30000001
+            self._actions = self._plan.rehearsed.actions.tolist()
+            self._update_seconds += time.perf_counter() - start
+        action = np.full((n_envs, 1), self._actions.pop(0), np.float32)
         return action, action
 
-    def act(self, observation: np.ndarray, deterministic: bool = True) -> np.ndarray:
-        """The actor's action (1,) or (B, 1), float32, for observations (O,) or (B, O); noisy if not deterministic."""
-        action, _ = self.predict(observation, deterministic=True)
-        if deterministic:
-            return action
-        return truncated_normal(action, self.sigma, -1.0, 1.0, self.generator).astype(np.float32)
+    def _planned(self, target: float) -> Plan:
+        """What to play: the even share for a new target, then at random, after warm-up what the planner proposes."""
+        new = all(abs(target - other) > NEW_TARGET for other in self._targets)
+        self._targets.append(target)
+        if self._episode_num >= max(self.warmup_episodes, 1):
+            plan = self._planner.propose(target, self._greedy(target))
+            self.logger.record("agent/expected_return", plan.expected)
+            self.logger.record("agent/expected_deviation", plan.deviation)
+            return plan
+        if new:
+            return Plan(self._rehearsal.roll_out(target, lambda observation: 0.0), "even")
+        return Plan(self._rehearsal.roll_out(target, lambda observation: self._noisy(0.0)), "random")
 
-    def train(self, gradient_steps: int, batch_size: int = 64) -> None:
-        """Update critic and actor `gradient_steps` times; nothing during warm-up."""
-        if self._episode_num < self.warmup_episodes:
-            return
+    def plan(self, target: float) -> np.ndarray:
+        """Actions (G,) of the policy that promises most at any target, met or not; nothing is played."""
+        return self._planner.propose(target, self._greedy(target), curiosity=0.0).rehearsed.actions
+
+    def _greedy(self, target: float) -> np.ndarray:
+        """Keep ratios (G,) of the actor's roll-out."""
+        return self._rehearsal.roll_out(target, self._act).ratios
+
+    def _act(self, observation: np.ndarray) -> float:
+        """The actor's action for an observation (O,)."""
+        with torch.inference_mode():
+            return float(self.actor(self.replay_buffer.to_torch(observation[None])))
+
+    def _noisy(self, action: float) -> float:
+        return float(truncated_normal(action, self.sigma, -1.0, 1.0, self.generator))
+
+    def train(self, gradient_steps: int, batch_size: int = BATCH_SIZE) -> None:
+        """Take in the episode, imagine others, and update critic and actor `gradient_steps` times; after warm-up."""
         start = time.perf_counter()
+        assert self._plan is not None
+        self._planner.remember(self._plan.rehearsed.ratios, self._outcome.reward)
+        if self._episode_num >= self.warmup_episodes:
+            self._imagine()
+            self.update_networks(gradient_steps, batch_size)
+        self._update_seconds += time.perf_counter() - start
+
+    def _imagine(self) -> None:
+        """Roll the noisy actor out at targets between those met; what it would get is the planner's to say."""
+        targets = self.generator.uniform(min(self._targets), max(self._targets), size=IMAGINED_EPISODES)
+        episodes = [
+            self._rehearsal.roll_out(target, lambda observation: self._noisy(self._act(observation)))
+            for target in targets.tolist()
+        ]
+        returns = self._planner.predict(np.stack([episode.ratios for episode in episodes])).mean
+        for episode, value in zip(episodes, returns.tolist(), strict=True):
+            self.replay_buffer.add_episode(episode.observations, episode.actions, value)
+
+    def update_networks(self, gradient_steps: int, batch_size: int = BATCH_SIZE) -> None:
+        """One step of critic and actor for each of `gradient_steps` batches from the replay."""
         # sample; baseline: returns come as advantages over the target's moving mean, in standard deviations
         drawn = self.replay_buffer.sample(gradient_steps * batch_size)
         losses = torch.zeros(gradient_steps, 2, device=self.device)
@@ -217,12 +261,9 @@ class ConditionalDDPG(DDPG):
         # log
         self._n_updates += gradient_steps
         self.losses = Losses(*losses.mean(0).tolist())
-        self._update_seconds = time.perf_counter() - start
+        self.logger.record("agent/noise", self.sigma)
         self.logger.record("agent/actor_loss", self.losses.actor)
         self.logger.record("agent/critic_loss", self.losses.critic)
-        for target, statistics in self.replay_buffer.baseline.statistics.items():
-            self.logger.record(f"agent/baseline_{target:.2f}", statistics.mean)
-            self.logger.record(f"agent/deviation_{target:.2f}", statistics.variance**0.5)
 
     def state(self) -> tuple[dict[str, torch.Tensor], Any]:
         """Everything that the next episodes depend on but the environment, as tensors and JSON values (a copy)."""
@@ -231,7 +272,9 @@ class ConditionalDDPG(DDPG):
             "actor_optimizer": self.actor.optimizer.state_dict(),
             "critic_optimizer": self.critic.optimizer.state_dict(),
             "replay": self.replay_buffer.state(),
+            "planner": self._planner.state(),
             "generator": self.generator.bit_generator.state,
+            "targets": self._targets,
             "episodes": self._episode_num,
             "timesteps": self.num_timesteps,
             "updates": self._n_updates,
@@ -249,7 +292,9 @@ class ConditionalDDPG(DDPG):
         self.actor.optimizer.load_state_dict(state["actor_optimizer"])
         self.critic.optimizer.load_state_dict(state["critic_optimizer"])
         self.replay_buffer.load_state(state["replay"])
+        self._planner.load_state(state["planner"])
         self.generator.bit_generator.state = state["generator"]
+        self._targets = list(state["targets"])
         self._episode_num = int(state["episodes"])
         self.num_timesteps = int(state["timesteps"])
         self._n_updates = int(state["updates"])
@@ -259,12 +304,18 @@ class ConditionalDDPG(DDPG):
         self.env.seed(self.seed + self._episode_num)
 
     def policy_state(self) -> dict[str, torch.Tensor]:
-        """The actor alone, copied: enough for `act`."""
-        return {name: tensor.detach().clone() for name, tensor in self.actor.state_dict().items()}
+        """What `plan` needs, copied: the actor, and what the planner knows."""
+        actor = {f"actor.{name}": tensor.detach().clone() for name, tensor in self.actor.state_dict().items()}
+        return {**actor, **{f"planner.{name}": tensor.clone() for name, tensor in self._planner.knowledge().items()}}
 
     def load_policy_state(self, tensors: dict[str, torch.Tensor]) -> None:
         """Take over what `policy_state` returned."""
-        self.actor.load_state_dict(tensors)
+        parts: dict[str, dict[str, torch.Tensor]] = {"actor": {}, "planner": {}}
+        for name, tensor in tensors.items():
+            part, _, own = name.partition(".")
+            parts[part][own] = tensor
+        self.actor.load_state_dict(parts["actor"])
+        self._planner.load_knowledge(parts["planner"])
 
 
 class _Outcome(BaseCallback):

@@ -46,22 +46,15 @@ class RandomSearch:
     def run(self, episodes: int, on_episode: Callable[[EpisodeEnd], None]) -> None:
         """Play `episodes` episodes after plain resets, and call `on_episode` after each."""
         for _ in range(episodes):
-            observation, info = self.env.reset()
+            _, info = self.env.reset()
             episode_return, done = 0.0, False
             while not done:
-                action = self.act(observation, deterministic=False)
-                observation, reward, terminated, truncated, info = self.env.step(action)
+                action = truncated_normal(np.zeros(1), self.sigma, -1.0, 1.0, self.generator).astype(np.float32)
+                _, reward, terminated, truncated, info = self.env.step(action)
                 episode_return += float(reward)
                 done = terminated or truncated
             self.episodes += 1
-            self.logger.record("agent/noise", self.sigma)
-            on_episode(EpisodeEnd(self.episodes, episode_return, self.sigma, None, None, info, 0.0))
-
-    def act(self, observation: np.ndarray, deterministic: bool = True) -> np.ndarray:
-        """An action (1,), float32, for an observation (O,): the distribution's mode 0, or a sample."""
-        if deterministic:
-            return np.zeros(1, np.float32)
-        return truncated_normal(np.zeros(1), self.sigma, -1.0, 1.0, self.generator).astype(np.float32)
+            on_episode(EpisodeEnd(self.episodes, episode_return, "random", None, None, info, 0.0))
 
     def state(self) -> tuple[dict[str, torch.Tensor], Any]:
         """Everything that the next episodes depend on, as tensors and JSON values."""
@@ -72,10 +65,3 @@ class RandomSearch:
         state = unpack(tensors, data)
         self.episodes = int(state["episodes"])
         self.generator.bit_generator.state = state["generator"]
-
-    def policy_state(self) -> dict[str, torch.Tensor]:
-        """No networks: empty."""
-        return {}
-
-    def load_policy_state(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Nothing to take over."""

@@ -145,6 +145,20 @@ class EpisodeReplay(ReplayBuffer):
             self.baseline.update(float(obs[0, 0]), episode_return)
             self._episode = []
 
+    def add_episode(self, observations: np.ndarray, actions: np.ndarray, episode_return: float) -> None:
+        """Store a whole episode of observations (G + 1, O) and actions (G,) in [-1, 1]."""
+        last = len(actions) - 1
+        for step, action in enumerate(actions):
+            done = step == last
+            self.add(
+                observations[step][None],
+                observations[step + 1][None],
+                np.array([[action]]),
+                np.array([episode_return if done else 0.0]),
+                np.array([done]),
+                [{}],
+            )
+
     def sample(self, batch_size: int, env: Any = None) -> ReturnBatch:  # type: ignore[override]
         """Draw transitions uniformly with replacement; call it between episodes, when every return is known."""
         chosen = self.generator.integers(0, self.size(), size=batch_size)

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import gymnasium
-import numpy as np
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.logger import Logger
@@ -25,7 +24,7 @@ class EpisodeEnd(NamedTuple):
 
     episode: int  # 1-based, counted over resumes
     reward: float  # the return, as the environment gave it
-    sigma: float  # of the exploration noise
+    source: str  # where its actions come from
     actor_loss: float | None
     critic_loss: float | None
     info: dict[str, Any]  # of the last step
@@ -41,23 +40,12 @@ class Searcher(Protocol):
     def run(self, episodes: int, on_episode: Callable[[EpisodeEnd], None]) -> None:
         """Play and learn from `episodes` more episodes, and call `on_episode` after each, its updates included."""
 
-    def act(self, observation: np.ndarray, deterministic: bool = True) -> np.ndarray:
-        """The action (1,), float32, for one observation (O,): the best known, or an exploring one."""
-        ...
-
     def state(self) -> tuple[dict[str, torch.Tensor], Any]:
         """Everything that the next episodes depend on, as tensors and JSON values; callable from `on_episode`."""
         ...
 
     def load_state(self, tensors: dict[str, torch.Tensor], data: Any) -> None:
         """Take over what `state` returned; continuing is then bit-equal on the CPU."""
-
-    def policy_state(self) -> dict[str, torch.Tensor]:
-        """What `act` needs, and no more."""
-        ...
-
-    def load_policy_state(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Take over what `policy_state` returned."""
 
 
 def check_spaces(env: gymnasium.Env) -> None:

@@ -31,6 +31,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from torch import nn
 
+from agents import make_agent
 from benchmarks.summarise import portable
 from cacp.checkpoint import save_json
 from cacp.config import Experiment
@@ -45,12 +46,11 @@ from cacp.pipeline import environment, select_device
 from cacp.profiling import Profile
 from cacp.records import play
 from cacp.reporting import table
-from cacp.reward import top1_reward
+from cacp.reward import log_odds_reward
 from cacp.schema import ChannelGroups, Normalisation, Score
 from cacp.scoring import PolicyScorer
 from cacp.slicing import counts_policy
 from envs import ChannelPruningEnv
-from search import make_agent
 
 BASE = {"depth": 56, "images": 2000, "calibration": 1024, "targets": 3, "episodes": 15, "scored": True}
 WARM_UP = 6  # episodes at random, not counted
@@ -107,13 +107,13 @@ def measured(
     cost_model = CostModel(groups)
     score = scores(model, groups, images, calibration, profile) if scored else partial(constant_score, cost_model)
     asked = [round(0.3 + 0.4 * index / (targets - 1), 2) for index in range(targets)] if targets > 1 else [0.5]
-    env = ChannelPruningEnv(groups, score, top1_reward, asked)
+    env = ChannelPruningEnv(groups, score, log_odds_reward, asked)
     with tempfile.TemporaryDirectory() as folder:
         experiment = Experiment(
             output=folder, targets=asked, episodes=WARM_UP + episodes, warmup_episodes=WARM_UP, device=device
         )
         history = History(Path(folder) / "episodes.csv", cost_model.dense, target_budgets(asked))
-        agent = make_agent(experiment, env, len(groups.prunable))
+        agent = make_agent("cacp", env, asked, experiment.seed, WARM_UP)
         preparation = time.perf_counter() - start
         for total in (WARM_UP, experiment.episodes):
             profile.seconds.clear()
@@ -145,7 +145,7 @@ def scores(
 
 
 def constant_score(cost_model: CostModel, counts: tuple[int, ...]) -> Score:
-    return Score(0.5, 1.0, cost_model.cost(counts))
+    return Score(0.5, 1.0, 0.5, cost_model.cost(counts))
 
 
 def random_images(count: int, seed: int) -> ImageData:

@@ -145,8 +145,7 @@ class Measurement:
         normalisation = self._bench.dense.normalisation
         for _ in fit(model, self._training, None, normalisation, recipe, self._experiment.seed):
             pass
-        top1, loss = evaluate_data(model.eval(), self._judging, normalisation)
-        return {"top1": top1, "loss": loss}
+        return evaluate_data(model.eval(), self._judging, normalisation)._asdict()
 
 
 def numbers(logits: Tensor, labels: Tensor, dense: Tensor) -> dict[str, float]:

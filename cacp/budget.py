@@ -15,6 +15,8 @@ import numpy as np
 from cacp.cost import CostModel
 from cacp.schema import COSTS, TARGET_TOLERANCE, Budget, Cost, UserError
 
+SCALING_STEPS = 25  # bisections: the factor is known to 1e-6 of the largest
+
 
 class KeepInterval(NamedTuple):
     """Feasible keep counts of one group: low and high, and the real count at an even share of the rest, between."""
@@ -121,6 +123,44 @@ def keep_count(interval: KeepInterval, action: float) -> int:
     end = interval.high if action >= 0 else interval.low
     count = interval.even + abs(action) * (end - interval.even)
     return min(max(round(count), interval.low), interval.high)
+
+
+def keep_action(interval: KeepInterval, count: int) -> float:
+    """The action in [-1, 1] for a count: `keep_count` of it gives that count, or the nearest in the interval.
+
+    >>> [keep_action(KeepInterval(4, 8.0, 16), count) for count in (4, 6, 8, 12, 16, 20)]
+    [-1.0, -0.5, 0.0, 0.5, 1.0, 1.0]
+    """
+    end = interval.high if count >= interval.even else interval.low
+    width = abs(end - interval.even)
+    return max(-1.0, min(1.0, (count - interval.even) / width)) if width else 0.0
+
+
+def scaled_ratios(cost_model: CostModel, budget: Budget, ratios: np.ndarray) -> np.ndarray:
+    """Each policy's keep ratios times the one number with which it just meets the budget (real-valued counts).
+
+    Args:
+        cost_model: of the groups.
+        budget: must be reachable.
+        ratios: (N, G), positive; results stay between a group's minimum and 1.
+
+    Returns:
+        (N, G).
+    """
+    least = cost_model.min_keep / cost_model.channels  # (G,)
+    columns = [COSTS.index(cost) for cost in budget.targets]
+    limits = np.array(list(budget.targets.values())) * np.array(cost_model.dense)[columns]  # (T,)
+
+    def scaled(factors: np.ndarray) -> np.ndarray:
+        return np.clip(ratios * factors[:, None], least, 1.0)
+
+    low, high = np.zeros(len(ratios)), 1 / ratios.min(axis=1)  # all at their minimum, and all whole
+    for _ in range(SCALING_STEPS):
+        middle = (low + high) / 2
+        costs = cost_model.costs(scaled(middle) * cost_model.channels)[:, columns]  # (N, T)
+        meets = (costs <= limits).all(axis=1)
+        low, high = np.where(meets, middle, low), np.where(meets, high, middle)
+    return scaled(low)
 
 
 def uniform_counts(cost_model: CostModel, budget: Budget) -> tuple[int, ...]:

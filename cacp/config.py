@@ -91,8 +91,10 @@ class Experiment:
         None, POLICY, "only so many of the calibration images for the scores of episodes (default: all of them)"
     )
     agent: str = _setting("cacp", POLICY, f"search: one of {', '.join(AGENTS)}")
-    episodes: int = _setting(900, POLICY, "search: policies to score, all targets together")
-    warmup_episodes: int = _setting(100, POLICY, "search: episodes drawn at random before the agent acts")
+    episodes: int = _setting(
+        900, POLICY, "policies to score, all targets together; search, and prune --method sensitivity"
+    )
+    warmup_episodes: int = _setting(15, POLICY, "search: episodes drawn at random before the agent plans")
     method: str = _setting("uniform", POLICY, f"prune: one of {', '.join(METHODS)}")
     finetune_epochs: int = _setting(400, FINETUNE, "epochs of every exported model")
     finetune_lr: float = _setting(0.1, FINETUNE, "highest learning rate")

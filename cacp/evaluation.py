@@ -26,10 +26,11 @@ PRECISIONS = ("auto", "fp32", "bf16")
 
 
 class Evaluation(NamedTuple):
-    """top1 in [0, 1] and the mean cross-entropy loss in nats."""
+    """top1 in [0, 1], the mean cross-entropy loss in nats, and the mean probability of the true class in [0, 1]."""
 
     top1: float
     loss: float
+    probability: float
 
 
 def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
@@ -102,8 +103,8 @@ def _evaluate_batches(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]
         for images, labels in batches:
             logits = model(images).float()  # (B, classes)
             labels = labels.to(logits.device)
-            totals.add(logits, labels, F.cross_entropy(logits, labels))
-    return Evaluation(totals.top1, totals.loss)
+            totals.add(logits, labels)
+    return Evaluation(totals.top1, totals.loss, totals.probability)
 
 
 @torch.no_grad()
@@ -142,16 +143,15 @@ def recalibrate_batchnorm(model: nn.Module, images: Tensor, batch_size: int) -> 
 
 
 class Totals:
-    """Correct answers and summed loss, on the device; reading `top1` or `loss` waits for it."""
+    """Sums over images, on the device; reading a mean waits for it."""
 
     def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(2, dtype=torch.float64, device=device)  # (2,): correct images, nats
+        self._sums = torch.zeros(3, dtype=torch.float64, device=device)  # as `answer_sums` gives them
         self._count = 0
 
-    def add(self, logits: Tensor, labels: Tensor, mean_loss: Tensor) -> None:
-        """Add a batch: logits (B, classes), labels (B,), mean loss ()."""
-        correct = (logits.argmax(1) == labels).sum()
-        self._sums += torch.stack([correct.double(), mean_loss.double() * len(labels)])
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """Add a batch: logits (B, classes), labels (B,)."""
+        self._sums += answer_sums(logits, labels)
         self._count += len(labels)
 
     @property
@@ -161,6 +161,17 @@ class Totals:
     @property
     def loss(self) -> float:
         return float(self._sums[1]) / self._count
+
+    @property
+    def probability(self) -> float:
+        return float(self._sums[2]) / self._count
+
+
+def answer_sums(logits: Tensor, labels: Tensor) -> Tensor:
+    """Of a batch of logits (B, classes): correct answers, nats, probability of the true class; (3,) float64."""
+    nats = F.cross_entropy(logits.float(), labels, reduction="none")  # (B,)
+    correct = logits.argmax(1) == labels
+    return torch.stack([correct.double().sum(), nats.double().sum(), (-nats).exp().double().sum()])
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -14,32 +14,38 @@ from typing import NamedTuple
 
 from cacp.budget import in_window, meets_targets
 from cacp.checkpoint import write_atomically
-from cacp.schema import Budget, Cost, UserError
+from cacp.schema import Budget, Cost, Score, UserError
 
 
 class Episode(NamedTuple):
-    """A row of episodes.csv; top1 and loss on the first half of the validation images."""
+    """A row of episodes.csv; the score on the first half of the validation images."""
 
     episode: int  # from 1
     target: float  # macs target
     reward: float
     top1: float
     loss: float
+    probability: float
     macs: int
     params: int
-    noise: float  # standard deviation of the exploration noise
+    source: str  # where the agent had it from
     seconds: float  # since the episode before
     counts: tuple[int, ...]  # kept channels of every prunable group
 
     @classmethod
     def from_row(cls, row: dict[str, str]) -> Episode:
         whole = {key: int(row[key]) for key in ("episode", "macs", "params")}
-        real = {key: float(row[key]) for key in ("target", "reward", "top1", "loss", "noise", "seconds")}
-        return cls(**whole, **real, counts=tuple(int(count) for count in row["counts"].split("-")))  # type: ignore[arg-type]
+        real = {key: float(row[key]) for key in ("target", "reward", "top1", "loss", "probability", "seconds")}
+        counts = tuple(int(count) for count in row["counts"].split("-"))
+        return cls(**whole, **real, source=row["source"], counts=counts)  # type: ignore[arg-type]
 
     def row(self) -> list[str]:
-        values = [repr(value) for value in self[:-1]]
+        values = [value if isinstance(value, str) else repr(value) for value in self[:-1]]
         return [*values, "-".join(map(str, self.counts))]
+
+    @property
+    def score(self) -> Score:
+        return Score(self.top1, self.loss, self.probability, Cost(self.macs, self.params))
 
 
 class History:
@@ -80,7 +86,7 @@ class History:
             os.fsync(file.fileno())  # a checkpoint must not survive a power cut that its episodes do not
 
     def best(self, budget: Budget, most: int) -> list[Episode]:
-        """The best different policies of a budget, by top1, then loss."""
+        """The best different policies of a budget, by the probability of the true class."""
         return sorted(self._candidates[budget.name].values(), key=_quality, reverse=True)[:most]
 
     def _take(self, episode: Episode) -> None:
@@ -96,8 +102,8 @@ class History:
                 self.leaders[name] = episode
 
 
-def _quality(episode: Episode) -> tuple[float, float]:
-    return episode.top1, -episode.loss
+def _quality(episode: Episode) -> float:
+    return episode.probability
 
 
 def _read(path: Path, finished: int) -> list[Episode]:

@@ -30,11 +30,12 @@ from cacp.dense import DenseModel, checked_top1, import_weights, load_dense, pub
 from cacp.evaluation import device_of, resolve_precision
 from cacp.graph import trace
 from cacp.history import target_budgets
-from cacp.importance import channel_importance
+from cacp.importance import channel_importance, channel_orders
 from cacp.models import build_model
 from cacp.profiling import Profile
-from cacp.schema import ChannelGroups, UserError
+from cacp.schema import ChannelGroups, Policy, Score, UserError
 from cacp.scoring import CALIBRATION_BATCH, PolicyScorer
+from cacp.slicing import counts_policy
 from cacp.training import Recipe
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -296,3 +297,21 @@ def build_workbench(experiment: Experiment, profile: Profile | None = None) -> W
         calibration=calibration,
         seed=experiment.seed,
     )
+
+
+class Ranked:
+    """A workbench with the channels of every group ranked by a criterion: keep counts -> policy -> score."""
+
+    def __init__(self, bench: Workbench, criterion: str) -> None:
+        self.bench = bench
+        self._criterion = criterion
+        self._orders = channel_orders(bench.importance(criterion))
+
+    def policy(self, counts: tuple[int, ...]) -> Policy:
+        return counts_policy(self.bench.groups, counts, self._orders, self._criterion)
+
+    def score(self, counts: tuple[int, ...]) -> Score:
+        return self.bench.scorer(self.policy(counts))
+
+    def rescore(self, counts: tuple[int, ...]) -> Score:
+        return self.bench.rescorer(self.policy(counts))

@@ -98,9 +98,10 @@ def finished_episode(end: EpisodeEnd, seconds: float) -> Episode:
         reward=result.reward,
         top1=result.score.top1,
         loss=result.score.loss,
+        probability=result.score.probability,
         macs=result.score.cost.macs,
         params=result.score.cost.params,
-        noise=end.sigma,
+        source=end.source,
         seconds=seconds,
         counts=result.counts,
     )

@@ -105,7 +105,7 @@ def search_logger(folder: Path, first_episode: int) -> Logger:
 def log_episode(logger: Logger, episode: Episode, names: Sequence[str], channels: Sequence[int], best: float) -> None:
     """Record one episode in TensorBoard: score, best score, cost, and the keep ratio of every group, by target."""
     target = f"target {Budget({'macs': episode.target}).name}"
-    for key in ("top1", "loss", "reward", "macs", "params"):
+    for key in ("top1", "loss", "probability", "reward", "macs", "params"):
         logger.record(f"{target}/{key}", getattr(episode, key))
     logger.record(f"{target}/best top1", best)
     logger.record("search/seconds", episode.seconds)

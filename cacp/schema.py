@@ -39,11 +39,21 @@ class Cost(NamedTuple):
 
 
 class Score(NamedTuple):
-    """Evaluation of a policy: top1 in [0, 1], mean cross-entropy loss in nats, cost of the sliced model."""
+    """Evaluation of a policy: top1 in [0, 1], mean cross-entropy loss in nats, mean probability of the true class in
+    [0, 1] (top-1 with less noise: an answer counts by its certainty), cost of the sliced model."""
 
     top1: float
     loss: float
+    probability: float
     cost: Cost
+
+    def to_json(self) -> dict[str, float]:
+        """All but the cost."""
+        return {"top1": self.top1, "loss": self.loss, "probability": self.probability}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], cost: Cost) -> Score:
+        return cls(float(data["top1"]), float(data["loss"]), float(data["probability"]), cost)
 
 
 class Axis(NamedTuple):
@@ -259,8 +269,8 @@ class PolicyRecord:
             "scope": self.scope,
             "criterion": self.policy.criterion,
             "cost": self.score.cost._asdict(),
-            "score": {"top1": self.score.top1, "loss": self.score.loss},
-            "search_score": {"top1": self.search_score.top1, "loss": self.search_score.loss},
+            "score": self.score.to_json(),
+            "search_score": self.search_score.to_json(),
             "keep_counts": self.policy.counts,
             "keep": {name: list(indices) for name, indices in self.policy.keep.items()},
         }
@@ -274,9 +284,7 @@ class PolicyRecord:
         """
         try:
             cost = Cost(int(data["cost"]["macs"]), int(data["cost"]["params"]))
-            scores = [
-                Score(float(data[key]["top1"]), float(data[key]["loss"]), cost) for key in ("score", "search_score")
-            ]
+            scores = [Score.from_json(data[key], cost) for key in ("score", "search_score")]
             keep = {str(name): tuple(indices) for name, indices in data["keep"].items()}
             return cls(
                 policy=Policy(keep, str(data["criterion"])),

@@ -13,6 +13,7 @@ from cacp.budget import BudgetWalk, KeepInterval, check_reachable, keep_count
 from cacp.cost import CostModel
 from cacp.schema import Budget, ChannelGroups, Score, UserError
 from envs.observation import FEATURES, mean_target, observe, static_features
+from envs.rehearsal import Rehearsal
 
 
 class EpisodeResult(NamedTuple):
@@ -58,8 +59,9 @@ class ChannelPruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
 
     ## Arguments
     `reset(options={"target": 0.42})` asks for a MACs target, `{"target": {"macs": 0.5, "params": 0.6}}` for a budget of
-    several costs. `episodes_started` counts the round robin and may be set, to go on with an earlier run; a seed sets
-    it as well (seed + n goes on after n episodes of a run that began with seed), so that one seed is one trajectory.
+    several costs. `rehearsal` plays episodes without a score (see `envs.rehearsal`). `episodes_started` counts the
+    round robin and may be set, to go on with an earlier run; a seed sets it as well (seed + n goes on after n episodes
+    of a run that began with seed), so that one seed is one trajectory.
 
     ## Differences from the paper
     - action: prune ratio in [0.05, 1], clamped afterwards -> position in the feasible interval: the stored action is
@@ -98,6 +100,7 @@ class ChannelPruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         for target in self._targets:
             check_reachable(self._cost_model, Budget({"macs": target}))
         self._static = static_features(groups)
+        self.rehearsal = Rehearsal(groups)
         self._walk = BudgetWalk(self._cost_model, Budget({"macs": 1.0}))
         self._interval: KeepInterval | None = None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -12,9 +14,10 @@ from cacp.budget import in_window
 from cacp.cost import CostModel
 from cacp.graph import trace
 from cacp.importance import channel_importance
-from cacp.methods import METHODS, Subject, taylor, uniform
+from cacp.methods import METHODS, Subject, sensitivity, taylor, uniform
+from cacp.methods.sensitivity import degradation_curves
 from cacp.methods.taylor import filled_up, threshold_counts
-from cacp.schema import Budget, ChannelGroups, Policy
+from cacp.schema import Budget, ChannelGroups, Policy, Score
 
 
 def subject(scope: str = "inner", seed: int = 0, spread: float = 1.0) -> Subject:
@@ -31,7 +34,18 @@ def subject(scope: str = "inner", seed: int = 0, spread: float = 1.0) -> Subject
             }
         return channel_importance(model, groups, criterion)
 
-    return Subject(groups, CostModel(groups), importance, "l1")
+    return Subject(groups, cost_model := CostModel(groups), importance, "l1", additive_score(cost_model), 300)
+
+
+def additive_score(cost_model: CostModel) -> Callable[[Policy], Score]:
+    """Probability 1 - sum of weight * (pruned part)^2; the weights grow from group to group."""
+    weights = np.linspace(0.01, 0.1, len(cost_model.names))
+
+    def score(policy: Policy) -> Score:
+        kept = np.array([len(policy.keep[name]) for name in cost_model.names])
+        return Score(0.0, 0.0, 1 - weights @ (1 - kept / cost_model.channels) ** 2, cost_model.cost(kept))
+
+    return score
 
 
 def counts(groups: ChannelGroups, policy: Policy) -> list[int]:
@@ -127,3 +141,33 @@ def test_taylor_uses_its_budget_up_whatever_the_scores(scope: str, target: float
         found = threshold_counts(importance, asked.cost_model, budget)
         found = filled_up(found, importance, asked.cost_model, budget)
         assert in_window(asked.cost_model.cost(found), asked.cost_model.dense, budget), seed
+
+
+def test_sensitivity_balances_the_degradation_of_all_groups() -> None:
+    asked = subject()
+    cost_model, weights = asked.cost_model, np.linspace(0.01, 0.1, len(asked.cost_model.names))
+    kept = np.array(counts(asked.groups, sensitivity(asked, Budget({"macs": 0.5}))))
+    pruned = 1 - kept / cost_model.channels
+    degradation = weights * pruned**2
+    inside = kept > cost_model.min_keep
+    assert inside.sum() >= 7
+    # the threshold t gives pruned parts sqrt(t / weight), up to a channel
+    threshold = degradation[inside].mean()
+    assert np.abs(pruned - np.sqrt(threshold / weights))[inside].max() < 0.1
+    assert np.all(np.diff(pruned[inside]) <= 1 / 16)  # ever heavier weights, ever less pruned
+
+
+def test_degradation_curves_are_measured_at_a_purse_of_widths_and_monotone() -> None:
+    asked = subject()
+    cost_model = asked.cost_model
+    scored: list[tuple[int, ...]] = []
+
+    def score(kept: tuple[int, ...]) -> float:
+        scored.append(kept)
+        return 0.9 - 0.3 * sum(kept != whole for kept, whole in zip(kept, cost_model.channels.tolist(), strict=True))
+
+    curves = degradation_curves(score, cost_model, 91)
+    assert len(scored) == 91 == len(set(scored))  # dense, and 10 widths of each of 9 groups
+    for curve, least in zip(curves, cost_model.min_keep, strict=True):
+        assert np.isnan(curve[:least]).all() and curve[-1] == 0
+        assert np.all(np.diff(curve[least:]) <= 1e-12) and curve[least] == pytest.approx(0.3)

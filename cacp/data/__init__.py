@@ -2,7 +2,7 @@
 
 from cacp.data.images import ImageData
 from cacp.data.sources import DATASETS, load_dataset
-from cacp.data.splits import Splits, fingerprint, make_splits
+from cacp.data.splits import Splits, fingerprint, make_splits, stratified_order
 from cacp.data.transforms import augment, channel_statistics, normalise
 
 __all__ = [
@@ -15,4 +15,5 @@ __all__ = [
     "load_dataset",
     "make_splits",
     "normalise",
+    "stratified_order",
 ]

@@ -59,11 +59,11 @@ def make_splits(
     """
     _check_sizes(train, val, validation_images, calibration_images)
     generator = torch.Generator().manual_seed(seed)
-    order = _stratified_order(train.labels, generator)
+    order = stratified_order(train.labels, generator)
     if val is None:
         scored, source, rest = order, train, order[2 * validation_images :]
     else:
-        scored, source, rest = _stratified_order(val.labels, generator), val, order
+        scored, source, rest = stratified_order(val.labels, generator), val, order
         validation_images = min(validation_images, len(val) // 2)
     return Splits(
         train=train.subset(rest),
@@ -97,7 +97,7 @@ def _check_sizes(train: ImageData, val: ImageData | None, validation_images: int
         raise UserError("\n".join(wrong) + "\nset validation_images and calibration_images to what the data set has")
 
 
-def _stratified_order(labels: Tensor, generator: torch.Generator) -> Tensor:
+def stratified_order(labels: Tensor, generator: torch.Generator) -> Tensor:
     """A random order of which every prefix has the classes in their proportions, to within rounding.
 
     Image r of the n of its class, in random order, stands at the fraction (r + 1/2) / n of the whole.

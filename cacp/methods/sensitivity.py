@@ -1,0 +1,101 @@
+"""One threshold on measured degradation, as FastNAS (NVIDIA ModelOpt) does it: every group is pruned alone to a number
+of widths and scored; a budget's policy prunes each group as far as its own degradation stays within one threshold, the
+least that meets the budget. The measurements serve every budget.
+
+Differences from FastNAS: widths between two measured ones take the degradation on the line between them, so that any
+count can be had; what the threshold leaves of the budget goes to the groups that gain most by it a MAC.
+
+Shapes: G prunable groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from cacp.budget import meets_targets
+from cacp.cost import CostModel
+from cacp.importance import channel_orders
+from cacp.methods.subject import Subject
+from cacp.schema import Budget, Policy
+from cacp.slicing import counts_policy
+
+BISECTIONS = 60
+
+
+def sensitivity(subject: Subject, budget: Budget) -> Policy:
+    """The policy under the least threshold on the degradation of single groups."""
+    orders = channel_orders(subject.importance(subject.criterion))
+
+    def probability(counts: tuple[int, ...]) -> float:
+        return subject.score(counts_policy(subject.groups, counts, orders, subject.criterion)).probability
+
+    curves = degradation_curves(probability, subject.cost_model, subject.evaluations)  # scored once for all budgets
+    counts = threshold_counts(curves, subject.cost_model, budget)
+    return counts_policy(subject.groups, counts, orders, subject.criterion)
+
+
+def degradation_curves(
+    score: Callable[[tuple[int, ...]], float], cost_model: CostModel, evaluations: int
+) -> list[np.ndarray]:
+    """What the score loses when one group alone is pruned, for all its counts; no count is worse than a smaller one.
+
+    Args:
+        score: keep counts of all prunable groups -> a number, the higher the better.
+        cost_model: of the groups.
+        evaluations: how many policies may be scored, shared evenly by the groups, at least one a group; the dense one
+            is one of them.
+
+    Returns:
+        For every group (channels + 1,), by count; nan below its minimum, 0 at the end.
+    """
+    whole = tuple(cost_model.channels.tolist())
+    dense, share = score(whole), max(1, (evaluations - 1) // len(whole))
+    curves = []
+    for group, (channels, least) in enumerate(zip(whole, cost_model.min_keep.tolist(), strict=True)):
+        widths = np.unique(np.linspace(least, channels, min(share, channels - least) + 1).round().astype(int))
+        losses = [dense - score((*whole[:group], width, *whole[group + 1 :])) for width in widths[:-1].tolist()]
+        monotone = np.maximum.accumulate([0.0, *losses[::-1]])[::-1]
+        counts = np.arange(channels + 1)
+        curves.append(np.where(counts < least, np.nan, np.interp(counts, widths, monotone)))
+    return curves
+
+
+def threshold_counts(curves: Sequence[np.ndarray], cost_model: CostModel, budget: Budget) -> tuple[int, ...]:
+    """The counts under the least threshold on the degradation that meets the budget, filled up to it.
+
+    Args:
+        curves: from `degradation_curves`.
+        cost_model: of the same groups.
+        budget: must be reachable.
+    """
+
+    def counts_within(threshold: float) -> np.ndarray:
+        return np.array([int(np.flatnonzero(curve <= threshold)[0]) for curve in curves])
+
+    low, high = 0.0, max(float(np.nanmax(curve)) for curve in curves)
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        if meets_targets(cost_model.cost(counts_within(middle)), cost_model.dense, budget):
+            high = middle
+        else:
+            low = middle
+    return _filled_up(counts_within(high), curves, cost_model, budget)
+
+
+def _filled_up(
+    counts: np.ndarray, curves: Sequence[np.ndarray], cost_model: CostModel, budget: Budget
+) -> tuple[int, ...]:
+    """One channel after another, where the degradation falls most for its MACs, as long as one fits."""
+    while True:
+        steps = np.eye(len(counts), dtype=int)
+        fitting = [
+            (float(curves[group][counts[group]] - curves[group][counts[group] + 1]) / added, group)
+            for group in np.flatnonzero(counts < cost_model.channels).tolist()
+            for added in [float(cost_model.change(counts, group, counts[group] + 1)[0])]
+            if meets_targets(cost_model.cost(counts + steps[group]), cost_model.dense, budget)
+        ]
+        if not fitting:
+            return tuple(counts.tolist())
+        counts = counts + steps[max(fitting)[1]]

@@ -1,0 +1,65 @@
+"""Episodes played without a score: what an environment lets an agent know of its rules.
+
+Which keep ratios given actions lead to, and which actions lead to given ratios, are pure functions of groups and
+target; so an agent may try a policy out before it asks for its score, and tell an episode again for another target.
+
+Shapes: N policies, G steps (prunable groups), O observation entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from cacp.budget import BudgetWalk, KeepInterval, keep_action, keep_count, scaled_ratios
+from cacp.cost import CostModel
+from cacp.schema import Budget, ChannelGroups
+from envs.observation import observe, static_features
+
+
+class Rehearsed(NamedTuple):
+    """An episode without its score: observations (G + 1, O), actions (G,) in [-1, 1], keep ratios (G,) that follow."""
+
+    observations: np.ndarray
+    actions: np.ndarray
+    ratios: np.ndarray
+
+
+class Rehearsal:
+    """Plays episodes of `ChannelPruning-v0` in mind.
+
+    Args:
+        groups: of the model.
+    """
+
+    def __init__(self, groups: ChannelGroups) -> None:
+        self._cost_model = CostModel(groups)
+        self._static = static_features(groups)
+        self.steps = len(self._cost_model.names)
+
+    def roll_out(self, target: float, act: Callable[[np.ndarray], float]) -> Rehearsed:
+        """The episode of a policy that sees observations (O,) and answers with actions in [-1, 1]."""
+        return self._played(target, lambda observation, interval, step: act(observation))
+
+    def imitate(self, target: float, ratios: np.ndarray) -> Rehearsed:
+        """The episode whose keep ratios come nearest to `ratios` (G,), step by step."""
+        counts = np.round(ratios * self._cost_model.channels).astype(int).tolist()
+        return self._played(target, lambda observation, interval, step: keep_action(interval, counts[step]))
+
+    def scaled(self, target: float, ratios: np.ndarray) -> np.ndarray:
+        """Keep ratios (N, G) times one factor a policy, so that each uses its target up (real-valued counts)."""
+        return scaled_ratios(self._cost_model, Budget({"macs": target}), ratios)
+
+    def _played(self, target: float, act: Callable[[np.ndarray, KeepInterval, int], float]) -> Rehearsed:
+        walk = BudgetWalk(self._cost_model, Budget({"macs": target}))
+        observations, actions = list[np.ndarray](), list[float]()
+        while not walk.finished:
+            interval = walk.interval()
+            observations.append(observe(self._static, walk, interval))
+            action = act(observations[-1], interval, len(actions))
+            actions.append(float(np.float32(action)))  # as the environment gets it
+            walk.choose(keep_count(interval, actions[-1]))
+        observations.append(observe(self._static, walk, None))
+        return Rehearsed(np.stack(observations), np.array(actions), walk.chosen / self._cost_model.channels)
