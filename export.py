@@ -34,7 +34,7 @@ def main() -> None:
     check_run(experiment)
     records = load_policies(experiment.folder)
     folders = {record.budget.name: experiment.folder / "export" / record.budget.name for record in records}
-    missing = [budget.name for budget in target_budgets(experiment.targets) if budget.name not in folders]
+    missing = [budget.name for budget in target_budgets(experiment.policy_targets) if budget.name not in folders]
     if missing:
         raise UserError(
             f"no policy yet for {', '.join(missing)}; run search.py (or prune.py) on this folder again first"

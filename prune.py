@@ -21,7 +21,7 @@ def main() -> None:
     experiment = experiment_from(parse("prune", "Prune by a method without episodes.", sys.argv[1:]))
     select_device(experiment.device)
     open_run(experiment)
-    budgets = target_budgets(experiment.targets)
+    budgets = target_budgets(experiment.policy_targets)
     names = [budget.name for budget in budgets]
     if missing_policies(experiment.folder, names, experiment.method):
         bench = build_workbench(experiment)

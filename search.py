@@ -8,8 +8,10 @@ best policy of every target. Run again, it goes on from the last checkpoint, or 
 """
 
 import sys
+from collections.abc import Sequence
+from typing import NamedTuple
 
-from agents import ConditionalDDPG, make_agent
+from agents import ConditionalDDPG, Searcher, make_agent
 from cacp.budget import BudgetWalk, check_reachable, reachable_fractions, uniform_counts
 from cacp.checkpoint import load_state, load_tensors, save_json, save_tensors
 from cacp.config import Experiment, experiment_from, parse
@@ -31,13 +33,14 @@ from cacp.reporting import (
     console,
     millions,
     percent,
+    save_tradeoff,
     show_policies,
     show_profile,
     table,
 )
 from cacp.reward import log_odds_reward
 from cacp.schema import Budget, PolicyRecord, Score, UserError
-from envs import ChannelPruningEnv, EpisodeResult
+from envs import ChannelPruningEnv, EpisodeResult, TargetRange
 
 RESCORED = 10  # best policies of a target that are scored again: maxima over noisy scores are biased
 
@@ -63,7 +66,7 @@ def main() -> None:
 def run(experiment: Experiment, profile: Profile) -> None:
     """The whole command, but what is done already."""
     open_run(experiment)
-    budgets = target_budgets(experiment.targets)
+    budgets = target_budgets(experiment.policy_targets)
     names = [budget.name for budget in budgets]
     if missing_policies(experiment.folder, names, method_name(experiment)):
         with profile.phase("preparation"):
@@ -77,8 +80,9 @@ def search(experiment: Experiment, ranked: Ranked, budgets: list[Budget], profil
     bench, folder = ranked.bench, experiment.folder / "search"
     console.print(f"dense {experiment.model}: {percent(bench.dense.validation_top1)} % top-1 on the validation images")
     show_reachable(bench, budgets)
-    env = ChannelPruningEnv(bench.groups, ranked.score, log_odds_reward, experiment.targets)
-    agent = make_agent(experiment.agent, env, experiment.targets, experiment.seed, experiment.warmup_episodes)
+    targets = TargetRange(*experiment.target_range) if experiment.target_range else experiment.policy_targets
+    env = ChannelPruningEnv(bench.groups, ranked.score, log_odds_reward, targets)
+    agent = make_agent(experiment.agent, env, experiment.policy_targets, experiment.seed, experiment.warmup_episodes)
     finished = 0
     saved = load_state(folder / "checkpoint")
     if saved:
@@ -92,41 +96,64 @@ def search(experiment: Experiment, ranked: Ranked, budgets: list[Budget], profil
     with profile.phase("scoring again"):
         if isinstance(agent, ConditionalDDPG):
             save_tensors(folder / "agent" / "networks.safetensors", agent.policy_state())
+        save_tradeoff(folder, history.tradeoff(), bench.cost_model.dense, bench.dense.validation_top1)
         for budget in budgets:
-            save_policy(experiment.folder, best_record(experiment, ranked, history, budget))
+            candidates = candidates_of(experiment, history, budget, env, agent)
+            save_policy(experiment.folder, best_record(experiment, ranked, budget, candidates))
 
 
 def method_name(experiment: Experiment) -> str:
     return f"search {experiment.agent}"
 
 
-def best_record(experiment: Experiment, ranked: Ranked, history: History, budget: Budget) -> PolicyRecord:
-    """Score the best policies of a target again, on images that did not choose them; the best there wins.
+class Candidate(NamedTuple):
+    """A policy of a target, with its score in the search; episode 0 was planned after it."""
+
+    counts: tuple[int, ...]
+    score: Score
+    episode: int
+
+
+def candidates_of(
+    experiment: Experiment, history: History, budget: Budget, env: ChannelPruningEnv, agent: Searcher
+) -> list[Candidate]:
+    """The best policies that met a target; few do where targets are drawn from a range: there one more is planned.
 
     Raises:
-        UserError: if no episode was played for the target.
+        UserError: if there are none.
     """
-    candidates = history.best(budget, RESCORED)
-    if not candidates:
+    found = [Candidate(row.counts, row.score, row.episode) for row in history.best(budget, RESCORED)]
+    if experiment.target_range and isinstance(agent, ConditionalDDPG):
+        found.append(planned(env, agent, budget.targets["macs"]))
+    if not found:
         raise UserError(
             f"no episode met {budget.name}; {experiment.episodes} episodes are too few for "
-            f"{len(experiment.targets)} targets, use --episodes"
+            f"{len(experiment.policy_targets)} targets, use --episodes"
         )
-    winner = max(candidates, key=lambda row: ranked.rescore(row.counts).probability)
-    return scored_again(experiment, ranked, budget, winner.counts, winner.score, winner.episode)
+    return found
 
 
-def scored_again(
-    experiment: Experiment, ranked: Ranked, budget: Budget, counts: tuple[int, ...], search_score: Score, episode: int
+def planned(env: ChannelPruningEnv, agent: ConditionalDDPG, target: float) -> Candidate:
+    """The policy that the agent promises most of at a target, scored."""
+    env.reset(options={"target": target})
+    for action in agent.plan(target):
+        *_, info = env.step(action)
+    result: EpisodeResult = info["result"]
+    return Candidate(result.counts, result.score, 0)
+
+
+def best_record(
+    experiment: Experiment, ranked: Ranked, budget: Budget, candidates: Sequence[Candidate]
 ) -> PolicyRecord:
-    """The record of a policy, with its score on the images that did not choose it."""
+    """Score the candidates of a target again, on images that did not choose them; the best there wins."""
+    winner = max(candidates, key=lambda candidate: ranked.rescore(candidate.counts).probability)
     return PolicyRecord(
-        policy=ranked.policy(counts),
+        policy=ranked.policy(winner.counts),
         budget=budget,
-        score=ranked.rescore(counts),
-        search_score=search_score,
+        score=ranked.rescore(winner.counts),
+        search_score=winner.score,
         method=method_name(experiment),
-        episode=episode,
+        episode=winner.episode,
         scope=experiment.scope,
     )
 
@@ -154,11 +181,7 @@ def ask(experiment: Experiment, target: float, profile: Profile) -> None:
         env = ChannelPruningEnv(ranked.bench.groups, ranked.score, log_odds_reward, [target])
         agent = ConditionalDDPG(env, seed=experiment.seed)
         agent.load_policy_state(load_tensors(networks))
-        env.reset()
-        for action in agent.plan(target):
-            *_, info = env.step(action)
-        result: EpisodeResult = info["result"]
-        record = scored_again(experiment, ranked, budget, result.counts, result.score, episode=0)
+        record = best_record(experiment, ranked, budget, [planned(env, agent, target)])
         save_policy(experiment.folder, record)
     show_policies(experiment.folder, [budget.name])
 

@@ -82,8 +82,8 @@ class Experiment:
     pretrain_epochs: int = _setting(200, TRAINING, "weights train: epochs of the dense model")
     pretrain_lr: float = _setting(0.1, TRAINING, "weights train: highest learning rate")
     pretrain_schedule: str = _setting("cosine", TRAINING, f"weights train: one of {', '.join(SCHEDULES)}")
-    targets: list[float] = _setting(
-        (0.3, 0.5, 0.7), POLICY, "macs targets: kept fractions of the dense MACs, in (0, 1]"
+    targets: list[float | str] = _setting(
+        (0.3, 0.5, 0.7), POLICY, "macs targets: kept fractions of the dense MACs, in (0, 1]; or a range, 0.3:0.8"
     )
     criterion: str = _setting("l1", POLICY, f"ranks the channels: one of {', '.join(CRITERIA)}")
     scope: str = _setting("inner", POLICY, "inner (channels inside a block) or all (residual streams too)")
@@ -118,6 +118,20 @@ class Experiment:
     @property
     def folder(self) -> Path:
         return Path(self.output)
+
+    @property
+    def target_range(self) -> tuple[float, float] | None:
+        """The ends of `targets`, where that is a range."""
+        return _ends(self.targets[0]) if len(self.targets) == 1 else None
+
+    @property
+    def policy_targets(self) -> tuple[float, ...]:
+        """The targets that get a policy: those listed, or the ends of the range and every tenth between."""
+        if self.target_range is None:
+            return tuple(float(target) for target in self.targets)
+        low, high = self.target_range
+        tenths = [tenth / 10 for tenth in range(1, 10) if low + 0.01 <= tenth / 10 <= high - 0.01]
+        return low, *tenths, high
 
 
 def _wrong_choices(experiment: Experiment) -> list[str]:
@@ -223,12 +237,40 @@ def _parser(
     return parser
 
 
+def macs_target(text: float | str) -> float | str:
+    """A macs target, or a range LOW:HIGH of them as it is written.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if isinstance(text, str) and _ends(text) is not None:
+        return text
+    return float(text)
+
+
+def _ends(target: float | str) -> tuple[float, float] | None:
+    """LOW and HIGH of a range; None for anything else."""
+    if not isinstance(target, str) or ":" not in target:
+        return None
+    low, _, high = target.partition(":")
+    return float(low), float(high)
+
+
 def _wrong_targets(experiment: Experiment) -> list[str]:
-    targets = sorted(experiment.targets)
+    given = list(experiment.targets)
+    if len(given) > 1 and any(isinstance(target, str) for target in given):
+        return [f"targets must be kept fractions or one range like 0.3:0.8, not both, but got {given}"]
+    targets = sorted(experiment.policy_targets)
     if not targets or not all(0 < target <= 1 for target in targets):
-        return [f"targets must be kept fractions in (0, 1], but got {targets}; 0.5 keeps half of the MACs"]
+        return [f"targets must be kept fractions in (0, 1], but got {given}; 0.5 keeps half of the MACs"]
     wrong = []
-    if any(high - low < 0.01 - 1e-9 for low, high in itertools.pairwise(targets)):
+    if experiment.target_range is not None:
+        low, high = experiment.target_range
+        if not high - low >= 0.05:
+            wrong.append(f"a range of targets must be at least 0.05 wide, LOW:HIGH, but got {given[0]!r}")
+        if experiment.agent not in ("cacp", "random"):
+            wrong.append(f"agent {experiment.agent} takes a list of targets, but got {given[0]!r}; use --agent cacp")
+    elif any(high - low < 0.01 - 1e-9 for low, high in itertools.pairwise(targets)):
         wrong.append(f"targets must lie at least 0.01 apart, but got {targets}")
     if experiment.episodes < len(targets):
         wrong.append(f"episodes must be at least one a target ({len(targets)}), but got {experiment.episodes}")
@@ -245,7 +287,8 @@ def _add_setting(group: Any, item: dataclasses.Field[Any], command: str) -> None
     listed = "list" in str(item.type)
     kind = {"int": int, "float": float, "str": str, "bool": bool, "int | None": int | None}.get(str(item.type))
     default = list(item.default) if isinstance(item.default, tuple) else item.default
-    keywords: dict[str, Any] = {"type": float, "nargs": "+"} if listed else {"type": kind}
+    element = macs_target if item.name == "targets" else float
+    keywords: dict[str, Any] = {"type": element, "nargs": "+"} if listed else {"type": kind}
     group.add_argument(*names, default=default, help=item.metadata["help"], **keywords)
 
 

@@ -89,6 +89,18 @@ class History:
         """The best different policies of a budget, by the probability of the true class."""
         return sorted(self._candidates[budget.name].values(), key=_quality, reverse=True)[:most]
 
+    def nearest(self, target: float) -> Budget:
+        """The budget whose macs target lies nearest."""
+        return min(self._budgets.values(), key=lambda budget: abs(budget.targets["macs"] - target))
+
+    def tradeoff(self) -> list[Episode]:
+        """The policies that no cheaper one beats, by macs: the best with at most x macs is the last up to x."""
+        front: list[Episode] = []
+        for episode in sorted(self.episodes, key=lambda episode: (episode.macs, -_quality(episode))):
+            if not front or _quality(episode) > _quality(front[-1]):
+                front.append(episode)
+        return front
+
     def _take(self, episode: Episode) -> None:
         self.episodes.append(episode)
         cost = Cost(episode.macs, episode.params)

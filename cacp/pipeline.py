@@ -228,7 +228,7 @@ def check_targets(experiment: Experiment, splits: Splits) -> None:
     """
     model = build_model(experiment.model, len(splits.train.classes), seed=experiment.seed)
     cost_model = CostModel(trace(model, torch.zeros(1, *splits.train.image_shape), experiment.scope))
-    for budget in target_budgets(experiment.targets):
+    for budget in target_budgets(experiment.policy_targets):
         check_reachable(cost_model, budget)
 
 

@@ -16,7 +16,7 @@ from cacp.cost import CostModel
 from cacp.history import Episode, History
 from cacp.profiling import Profile
 from cacp.reporting import ProgressLine, log_best_policy, log_episode, search_logger
-from cacp.schema import Budget, ChannelGroups
+from cacp.schema import ChannelGroups
 from envs import EpisodeResult
 
 CHECKPOINT_EPISODES = 10  # a kill loses at most so many episodes
@@ -81,8 +81,8 @@ class Records:
 
     def _log(self, episode: Episode, figures: bool) -> None:
         leaders, names, channels = self._history.leaders, self._cost_model.names, self._cost_model.channels.tolist()
-        leader = leaders.get(Budget({"macs": episode.target}).name, episode)
-        log_episode(self._logger, episode, names, channels, leader.top1)
+        budget = self._history.nearest(episode.target).name
+        log_episode(self._logger, episode, budget, names, channels, leaders.get(budget, episode).top1)
         for name, best in leaders.items() if figures else ():
             if self._shown.get(name) != best.counts:
                 self._shown[name] = best.counts

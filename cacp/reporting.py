@@ -23,7 +23,7 @@ from cacp.checkpoint import write_atomically
 from cacp.history import Episode
 from cacp.policies import load_policies
 from cacp.profiling import Profile
-from cacp.schema import Budget, ChannelGroups
+from cacp.schema import ChannelGroups, Cost
 from cacp.training import EpochRecord
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
@@ -102,9 +102,11 @@ def search_logger(folder: Path, first_episode: int) -> Logger:
     return Logger(str(folder), [_ResumedTensorBoard(str(folder), first_episode)])
 
 
-def log_episode(logger: Logger, episode: Episode, names: Sequence[str], channels: Sequence[int], best: float) -> None:
-    """Record one episode in TensorBoard: score, best score, cost, and the keep ratio of every group, by target."""
-    target = f"target {Budget({'macs': episode.target}).name}"
+def log_episode(
+    logger: Logger, episode: Episode, budget: str, names: Sequence[str], channels: Sequence[int], best: float
+) -> None:
+    """Record one episode in TensorBoard: score, best score, cost, and the keep ratio of every group, by budget."""
+    target = f"target {budget}"
     for key in ("top1", "loss", "probability", "reward", "macs", "params"):
         logger.record(f"{target}/{key}", getattr(episode, key))
     logger.record(f"{target}/best top1", best)
@@ -133,6 +135,36 @@ def policy_figure(groups: ChannelGroups, counts: Sequence[int], title: str) -> F
     axes.set_title(title, fontsize=10)
     axes.legend(fontsize=8, frameon=False)
     return figure
+
+
+def save_tradeoff(folder: Path, front: Sequence[Episode], dense: Cost, dense_top1: float) -> None:
+    """Write the trade-off curve of a search: tradeoff.csv, a row a policy, and tradeoff.svg.
+
+    Args:
+        folder: of the search.
+        front: `History.tradeoff()`.
+        dense: cost of the dense model.
+        dense_top1: of the dense model on the validation images.
+    """
+    rows = [
+        [f"{episode.macs / dense.macs:.6f}", episode.macs, episode.top1, episode.probability, episode.episode]
+        for episode in front
+    ]
+    text = io.StringIO()
+    csv.writer(text).writerows([["macs_kept", "macs", "top1", "probability", "episode"], *rows])
+    write_atomically(folder / "tradeoff.csv", text.getvalue())
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    kept = [episode.macs / dense.macs for episode in front]
+    axes.step([*kept, 1.0], [100 * episode.top1 for episode in (*front, front[-1])], where="post", color="#2563a8")
+    axes.plot(1.0, 100 * dense_top1, "o", color="#444444", label="dense")
+    axes.set_xlabel("MACs kept at most")
+    axes.set_ylabel("best top-1 on the validation images, %")
+    axes.legend(frameon=False)
+    image = io.StringIO()
+    figure.savefig(image, format="svg", metadata={"Date": None})
+    write_atomically(folder / "tradeoff.svg", image.getvalue())
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:

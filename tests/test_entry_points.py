@@ -171,6 +171,25 @@ def test_the_agent_answers_a_target_it_never_saw(call: Call, finished: Path) -> 
     path.unlink()
 
 
+def test_a_range_of_targets_gives_a_policy_for_every_tenth_and_a_tradeoff_curve(
+    call: Call, finished: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "range"
+    arguments = [*TINY, "--targets=0.35:0.6", f"--weights={finished}", "--output", folder]
+    call("search", *arguments)
+    targets = [float(row["target"]) for row in rows(folder)]
+    assert len(set(targets)) == 14 and 0.35 <= min(targets) < max(targets) <= 0.6
+    names = sorted(path.stem for path in (folder / "policies").glob("*.json"))
+    assert names == ["macs-0.35", "macs-0.40", "macs-0.50", "macs-0.60"]
+    with (folder / "search" / "tradeoff.csv").open(newline="") as file:
+        front = list(csv.DictReader(file))
+    for column in ("macs_kept", "probability"):
+        values = [float(row[column]) for row in front]
+        assert values == sorted(set(values)) and len(values) > 1
+    assert "<svg" in (folder / "search" / "tradeoff.svg").read_text()
+    assert "goes on" not in call("search", *arguments)  # done already
+
+
 def test_killed_search_goes_on_to_the_same_end(finished: Path, tmp_path: Path) -> None:
     folder = tmp_path / "killed"
     weights = f"--weights={finished}"
@@ -263,6 +282,10 @@ def test_a_method_and_a_search_do_not_share_a_folder(call: Call, finished: Path)
         ("search", ["--output=x", "--criterion=l3"], ["criterion must be one of l1", "'l3'"]),
         ("search", ["--output=x", "--targets", "0.5", "1.5"], ["targets must be kept fractions in (0, 1]", "1.5"]),
         ("search", ["--output=x", "--targets", "nan"], ["targets", "nan"]),
+        ("search", ["--output=x", "--targets", "0.3:half"], ["targets", "0.3:half"]),
+        ("search", ["--output=x", "--targets", "0.6:0.4"], ["a range of targets must be", "'0.6:0.4'"]),
+        ("search", ["--output=x", "--targets", "0.3:0.6", "0.7"], ["or one range like 0.3:0.8, not both", "0.3:0.6"]),
+        ("search", ["--output=x", "--targets=0.3:0.6", "--agent=cma"], ["agent cma takes a list of targets"]),
         ("search", ["--output=x", "--mean", "125", "123", "114", "--std", "58", "57", "57"], ["mean must be three"]),
         ("search", ["--output=x", "--colour=red"], ["colour"]),
         ("search", ["--output=x", "--episodes=many"], ["episodes", "many"]),

@@ -127,3 +127,18 @@ def test_a_damaged_file_is_named_with_a_remedy(tmp_path: Path, damage: object, t
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read: FileNotFoundError"):
         History(tmp_path / "episodes.csv", DENSE, BUDGETS, finished=1)
+
+
+def test_the_tradeoff_holds_what_no_cheaper_policy_beats(tmp_path: Path) -> None:
+    history = History(tmp_path / "episodes.csv", DENSE, BUDGETS)
+    for number, (macs, probability) in enumerate(
+        [(500, 0.6), (400, 0.5), (450, 0.4), (500, 0.7), (700, 0.7), (600, 0.65), (710, 0.8)], start=1
+    ):
+        history.append(episode(number, macs, probability=probability, counts=(number,)))
+    assert [(one.macs, one.probability) for one in history.tradeoff()] == [(400, 0.5), (500, 0.7), (710, 0.8)]
+
+
+def test_the_nearest_budget_of_a_target_from_a_range(tmp_path: Path) -> None:
+    history = History(tmp_path / "episodes.csv", DENSE, BUDGETS)
+    names = [history.nearest(target).name for target in (0.1, 0.502, 0.59, 0.61, 0.9)]
+    assert names == ["macs-0.50", "macs-0.503", "macs-0.503", "macs-0.70", "macs-0.70"]
