@@ -1,37 +1,38 @@
-"""CACP's agent: one DDPG whose actor and critic see the target, so that one search serves every budget.
+"""CACP's agent: one DDPG whose actor and critic see the target, so that one search serves every budget; it plans every
+episode before it plays it.
 
 Liu, Guo et al., "Conditional Automated Channel Pruning for Deep Neural Networks", IEEE SPL 2020, after AMC (He et al.,
 ECCV 2018); built on Stable-Baselines3's DDPG (Lillicrap et al., 2016). It knows nothing of networks or pruning: see
-`agents.searcher` for what it expects of an environment.
+`agents.searcher` for what it expects of an environment, and `agents.planner.Rehearsal` for the rules it plans with.
 
-Differences from the paper: old value -> new value -> why. Numbers are regrets (1 - value) of the greedy policy and of
-the best policy met, mean of 2 seeds, on a toy problem like the real one: 27 steps, targets 0.3, 0.5, 0.7, 100 + 800
-episodes, reward noise of 0.3 standard deviations of random policies. 900 random episodes meet 0.17 at best.
+An episode: the even share where the target is new, at random until warm-up ends, then the policy of which the planner's
+model of returns promises most. That one is made from the best so far or from the actor's roll-out. After it the noisy
+actor is rolled out at other targets, without playing; what the model expects of these imagined episodes is learned from
+like the return of a real one (Dyna; Sutton, 1991).
 
+Differences from the paper: old value -> new value -> why. The figures are regrets (1 - value) on toy problems, see
+results/LOG.md.
+
+- actions of an episode: the actor's, with noise -> planned -> results/LOG.md, "A conditional agent that earns its
+  place": a fifth of the episodes finds what 100 a target found.
 - critic target: reward copied to every step, plus the target critic's next value -> the episode's return at every step,
   no bootstrapping, so no target networks and no tau -> a step's observation does not tell the earlier actions, so their
-  effect cannot travel back through next values; 0.108 greedy, 0.072 best -> 0.063, 0.053 (reward at the last step only,
-  with bootstrapping: 0.591, 0.187).
+  effect cannot travel back through next values; 0.108 -> 0.063 (reward at the last step only: 0.591).
+- episodes to learn from: those played -> four imagined ones for each -> the actor's own actions, at all targets.
 - baseline: one moving average of all rewards, subtracted -> one a target, and division by its moving standard deviation
-  -> rewards of good and bad policies of one target differ by 0.01 to 0.05, those of two targets by 0.5.
-- noise: sigma 0.5 * 0.95^episode, to 0 -> 0.4 * 0.99^episode, at least 0.05 -> three targets share the episodes; with
-  0.5 the warm-up at target 0.3 leaves the last stage of ResNet-56 0.2 behind the first in keep ratio (the toy figures
-  here are with 0.5);
-  0.98 and 0.99 are equal within the spread.
-- network inputs: in [0, 1] -> in [-2, 2] -> targets 0.3 and 0.5 lie near each other: 0.067 -> 0.025 greedy with 6 steps
-  and 400 episodes; no clear difference with 27 steps.
-- actor's learning rate: 1e-4 -> 3e-4 -> with inputs so spread, 0.076 greedy, 0.063 best -> 0.067, 0.049.
+  -> rewards of good and bad policies of one target differ by far less than those of two targets.
+- noise: sigma 0.5 * 0.95^episode, to 0 -> 0.4 * 0.99^episode, at least 0.05 -> 0.5 leaves the last stage of ResNet-56
+  0.2 behind the first in keep ratio.
+- network inputs: in [0, 1] -> in [-2, 2] -> targets 0.3 and 0.5 lie near each other: 0.067 -> 0.025 with 6 steps.
+- actor's learning rate: 1e-4 -> 3e-4 -> with inputs so spread 0.076 -> 0.067.
 - actor's output: sigmoid -> tanh -> the action space is [-1, 1].
+- warm-up: 100 of 900 episodes -> 15 -> the planner needs no more.
 
-Kept, since nothing else was clearly better (all with inputs in [0, 1], against 0.063, 0.053): batch 64 (128: 0.059,
-0.050, within the spread of 0.008, and slower), the critic's learning rate 1e-3 (3e-3, with the actor's 3e-4: 0.078,
-0.060), a replay of 100 episodes (900: 0.140, 0.125), no updates during warm-up (with: 0.067, 0.059).
+Logged: agent/expected_return and agent/expected_deviation (what the model promised of the episode, and how sure it
+was), agent/noise (sigma of imagined episodes), agent/actor_loss (minus the critic's value of the actor's actions, in
+standard deviations of the target's rewards), agent/critic_loss (mean squared error, in the same unit squared).
 
-Logged: agent/noise (sigma of the episode), agent/actor_loss (minus the critic's value of the actor's actions, in
-standard deviations of the target's rewards), agent/critic_loss (mean squared error, in the same unit squared),
-agent/baseline_T and agent/deviation_T (moving mean and standard deviation of the rewards of target T).
-
-Shapes: B transitions of a batch, O observation entries.
+Shapes: B transitions of a batch, G steps of an episode, O observation entries.
 """
 
 from __future__ import annotations
