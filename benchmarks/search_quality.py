@@ -17,8 +17,8 @@ Searchers:
 - random: random policies, the best by fresh batch norm (EagleEye). cma, nsga2: see `agents.evolution`.
 - sensitivity: FastNAS-like, see `cacp.methods.sensitivity`. uniform, taylor: without episodes.
 
-All but `published` maximise the mean probability of the true class on the validation images, and it picks the policy of
-a target among those that meet it.
+All but `published` minimise the loss on the validation images, and it picks the policy of a target among those that
+meet it.
 """
 
 import argparse
@@ -47,7 +47,7 @@ from cacp.methods.sensitivity import degradation_curves, threshold_counts
 from cacp.models import build_model
 from cacp.models.weights import load_weights
 from cacp.pipeline import environment, run_command
-from cacp.reward import log_odds_reward
+from cacp.reward import log_loss_reward
 from cacp.schema import TARGET_TOLERANCE, Budget, ChannelGroups, Normalisation, Policy, Score
 from cacp.scoring import CALIBRATION_BATCH, PolicyScorer
 from cacp.slicing import counts_policy, slice_model
@@ -138,9 +138,9 @@ def by_agent(name: str, cell: Cell, targets: Sequence[float] = TARGETS, warmup_e
 
     def on_episode(end: EpisodeEnd) -> None:
         result: EpisodeResult = end.info["result"]
-        found.append(Found(result.budget.targets["macs"], result.counts, result.score.probability))
+        found.append(Found(result.budget.targets["macs"], result.counts, -result.score.loss))
 
-    env = ChannelPruningEnv(cell.groups, cell.score, log_odds_reward, targets)
+    env = ChannelPruningEnv(cell.groups, cell.score, log_loss_reward, targets)
     make_agent(name, env, targets, cell.seed, warmup_episodes).run(POLICIES * len(targets), on_episode)
     return found
 
@@ -161,7 +161,7 @@ def by_uniform(cell: Cell) -> list[Found]:
 
 def by_sensitivity(cell: Cell) -> list[Found]:
     purse = POLICIES * len(TARGETS)
-    curves = degradation_curves(lambda counts: cell.score(counts).probability, cell.cost_model, purse)
+    curves = degradation_curves(lambda counts: -cell.score(counts).loss, cell.cost_model, purse)
     return [
         Found(target, threshold_counts(curves, cell.cost_model, Budget({"macs": target})), 0.0) for target in TARGETS
     ]

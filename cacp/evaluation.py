@@ -26,11 +26,10 @@ PRECISIONS = ("auto", "fp32", "bf16")
 
 
 class Evaluation(NamedTuple):
-    """top1 in [0, 1], the mean cross-entropy loss in nats, and the mean probability of the true class in [0, 1]."""
+    """top1 in [0, 1] and the mean cross-entropy loss in nats."""
 
     top1: float
     loss: float
-    probability: float
 
 
 def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
@@ -104,7 +103,7 @@ def _evaluate_batches(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]
             logits = model(images).float()  # (B, classes)
             labels = labels.to(logits.device)
             totals.add(logits, labels)
-    return Evaluation(totals.top1, totals.loss, totals.probability)
+    return Evaluation(totals.top1, totals.loss)
 
 
 @torch.no_grad()
@@ -146,7 +145,7 @@ class Totals:
     """Sums over images, on the device; reading a mean waits for it."""
 
     def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(3, dtype=torch.float64, device=device)  # as `answer_sums` gives them
+        self._sums = torch.zeros(2, dtype=torch.float64, device=device)  # as `answer_sums` gives them
         self._count = 0
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
@@ -162,16 +161,11 @@ class Totals:
     def loss(self) -> float:
         return float(self._sums[1]) / self._count
 
-    @property
-    def probability(self) -> float:
-        return float(self._sums[2]) / self._count
-
 
 def answer_sums(logits: Tensor, labels: Tensor) -> Tensor:
-    """Of a batch of logits (B, classes): correct answers, nats, probability of the true class; (3,) float64."""
-    nats = F.cross_entropy(logits.float(), labels, reduction="none")  # (B,)
-    correct = logits.argmax(1) == labels
-    return torch.stack([correct.double().sum(), nats.double().sum(), (-nats).exp().double().sum()])
+    """Of a batch of logits (B, classes): correct answers and nats; (2,) float64."""
+    nats = F.cross_entropy(logits.float(), labels, reduction="sum")
+    return torch.stack([(logits.argmax(1) == labels).sum().double(), nats.double()])
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -25,7 +25,6 @@ class Episode(NamedTuple):
     reward: float
     top1: float
     loss: float
-    probability: float
     macs: int
     params: int
     source: str  # where the agent had it from
@@ -35,7 +34,7 @@ class Episode(NamedTuple):
     @classmethod
     def from_row(cls, row: dict[str, str]) -> Episode:
         whole = {key: int(row[key]) for key in ("episode", "macs", "params")}
-        real = {key: float(row[key]) for key in ("target", "reward", "top1", "loss", "probability", "seconds")}
+        real = {key: float(row[key]) for key in ("target", "reward", "top1", "loss", "seconds")}
         counts = tuple(int(count) for count in row["counts"].split("-"))
         return cls(**whole, **real, source=row["source"], counts=counts)  # type: ignore[arg-type]
 
@@ -45,7 +44,7 @@ class Episode(NamedTuple):
 
     @property
     def score(self) -> Score:
-        return Score(self.top1, self.loss, self.probability, Cost(self.macs, self.params))
+        return Score(self.top1, self.loss, Cost(self.macs, self.params))
 
 
 class History:
@@ -86,7 +85,7 @@ class History:
             os.fsync(file.fileno())  # a checkpoint must not survive a power cut that its episodes do not
 
     def best(self, budget: Budget, most: int) -> list[Episode]:
-        """The best different policies of a budget, by the probability of the true class."""
+        """The best different policies of a budget, by the loss."""
         return sorted(self._candidates[budget.name].values(), key=_quality, reverse=True)[:most]
 
     def nearest(self, target: float) -> Budget:
@@ -115,7 +114,7 @@ class History:
 
 
 def _quality(episode: Episode) -> float:
-    return episode.probability
+    return -episode.loss
 
 
 def _read(path: Path, finished: int) -> list[Episode]:

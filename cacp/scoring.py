@@ -115,8 +115,8 @@ class PolicyScorer:
             network.set_statistics(self._calibration_threads.map(network.moments, self._calibration_batches))
         with self._profile.phase("evaluation"):
             judged = self._evaluation_threads.map(partial(self._judged, network), self._evaluation_batches)
-            top1, loss, probability = (torch.stack(judged).sum(0) / len(self._labels)).tolist()
-        return Score(top1, loss, probability, cost)
+            top1, loss = (torch.stack(judged).sum(0) / len(self._labels)).tolist()
+        return Score(top1, loss, cost)
 
     @torch.inference_mode()
     def _judged(self, network: FusedNetwork, batch: tuple[Tensor, Tensor]) -> Tensor:

@@ -20,11 +20,8 @@ def episode(
     loss: float = 1.0,
     counts: tuple = (3, 4),
     target: float = 0.5,
-    probability: float | None = None,
 ) -> Episode:
-    return Episode(
-        number, target, top1, top1, loss, top1 if probability is None else probability, macs, 50, "best", 0.25, counts
-    )
+    return Episode(number, target, top1, top1, loss, macs, 50, "best", 0.25, counts)
 
 
 def numbers(history: History, budget: Budget, most: int = 10) -> list[int]:
@@ -56,12 +53,12 @@ def test_a_resumed_history_has_every_digit(tmp_path: Path) -> None:
     assert History(path, DENSE, BUDGETS, finished=1).episodes == history.episodes
 
 
-def test_best_are_different_policies_by_probability(tmp_path: Path) -> None:
+def test_best_are_different_policies_by_loss(tmp_path: Path) -> None:
     history = History(tmp_path / "episodes.csv", DENSE, BUDGETS)
-    for number, (top1, probability, counts) in enumerate(
-        [(0.8, 0.4, (1,)), (0.7, 0.5, (2,)), (0.7, 0.6, (3,)), (0.7, 0.6, (3,)), (0.6, 0.45, (4,))], start=1
+    for number, (top1, loss, counts) in enumerate(
+        [(0.8, 1.6, (1,)), (0.7, 1.5, (2,)), (0.7, 1.4, (3,)), (0.7, 1.4, (3,)), (0.6, 1.55, (4,))], start=1
     ):
-        history.append(episode(number, top1=top1, probability=probability, counts=counts))
+        history.append(episode(number, top1=top1, loss=loss, counts=counts))
     assert numbers(history, BUDGETS[0]) == [3, 2, 5, 1]
     assert numbers(history, BUDGETS[0], most=2) == [3, 2]
     assert history.leaders["macs-0.50"].episode == 3
@@ -72,7 +69,7 @@ def test_a_later_episode_leads_only_if_it_is_better(tmp_path: Path) -> None:
     history.append(episode(1, top1=0.6, counts=(1,)))
     history.append(episode(2, top1=0.6, counts=(2,)))
     assert history.leaders["macs-0.50"].episode == 1
-    history.append(episode(3, top1=0.6, probability=0.61, counts=(3,)))
+    history.append(episode(3, top1=0.6, loss=0.9, counts=(3,)))
     assert history.leaders["macs-0.50"].episode == 3
 
 
@@ -86,8 +83,8 @@ def test_resume_cuts_the_file_to_the_finished_episodes(tmp_path: Path) -> None:
     assert numbers(resumed, BUDGETS[0]) == [3, 2, 1]
     assert resumed.leaders["macs-0.50"].episode == 3
     lines = path.read_text().splitlines()
-    assert lines[0] == "episode,target,reward,top1,loss,probability,macs,params,source,seconds,counts"
-    assert lines[1:] == [f"{n},0.5,0.{n},0.{n},1.0,0.{n},500,50,best,0.25,{n}-7" for n in (1, 2, 3)]
+    assert lines[0] == "episode,target,reward,top1,loss,macs,params,source,seconds,counts"
+    assert lines[1:] == [f"{n},0.5,0.{n},0.{n},1.0,500,50,best,0.25,{n}-7" for n in (1, 2, 3)]
     resumed.append(episode(4, top1=0.9))
     assert len(path.read_text().splitlines()) == 5
 
@@ -131,11 +128,11 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
 
 def test_the_tradeoff_holds_what_no_cheaper_policy_beats(tmp_path: Path) -> None:
     history = History(tmp_path / "episodes.csv", DENSE, BUDGETS)
-    for number, (macs, probability) in enumerate(
-        [(500, 0.6), (400, 0.5), (450, 0.4), (500, 0.7), (700, 0.7), (600, 0.65), (710, 0.8)], start=1
+    for number, (macs, loss) in enumerate(
+        [(500, 0.4), (400, 0.5), (450, 0.6), (500, 0.3), (700, 0.3), (600, 0.35), (710, 0.2)], start=1
     ):
-        history.append(episode(number, macs, probability=probability, counts=(number,)))
-    assert [(one.macs, one.probability) for one in history.tradeoff()] == [(400, 0.5), (500, 0.7), (710, 0.8)]
+        history.append(episode(number, macs, loss=loss, counts=(number,)))
+    assert [(one.macs, one.loss) for one in history.tradeoff()] == [(400, 0.5), (500, 0.3), (710, 0.2)]
 
 
 def test_the_nearest_budget_of_a_target_from_a_range(tmp_path: Path) -> None:

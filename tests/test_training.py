@@ -140,7 +140,7 @@ def test_validation_chooses_the_epoch_and_without_it_the_last_stays(tmp_path: Pa
     assert best < 6
     assert records[best - 1].validation_top1 == max(record.validation_top1 or 0.0 for record in records)
     assert_equal_weights(snapshot(model), weights[best - 1])
-    top1, loss, _ = evaluate_data(model, wrong, NORMALISATION)
+    top1, loss = evaluate_data(model, wrong, NORMALISATION)
     assert (top1, loss) == (records[best - 1].validation_top1, records[best - 1].validation_loss)
 
     last = tiny_cnn()

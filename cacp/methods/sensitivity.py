@@ -28,10 +28,10 @@ def sensitivity(subject: Subject, budget: Budget) -> Policy:
     """The policy under the least threshold on the degradation of single groups."""
     orders = channel_orders(subject.importance(subject.criterion))
 
-    def probability(counts: tuple[int, ...]) -> float:
-        return subject.score(counts_policy(subject.groups, counts, orders, subject.criterion)).probability
+    def score(counts: tuple[int, ...]) -> float:
+        return -subject.score(counts_policy(subject.groups, counts, orders, subject.criterion)).loss
 
-    curves = degradation_curves(probability, subject.cost_model, subject.evaluations)  # scored once for all budgets
+    curves = degradation_curves(score, subject.cost_model, subject.evaluations)  # scored once for all budgets
     counts = threshold_counts(curves, subject.cost_model, budget)
     return counts_policy(subject.groups, counts, orders, subject.criterion)
 
