@@ -77,14 +77,14 @@ def test_resume_cuts_the_file_to_the_finished_episodes(tmp_path: Path) -> None:
     path = tmp_path / "episodes.csv"
     history = History(path, DENSE, BUDGETS)
     for number in range(1, 6):
-        history.append(episode(number, top1=number / 10, counts=(number, 7)))
+        history.append(episode(number, top1=number / 10, loss=1 / number, counts=(number, 7)))
     resumed = History(path, DENSE, BUDGETS, finished=3)
     assert resumed.episodes == history.episodes[:3]
     assert numbers(resumed, BUDGETS[0]) == [3, 2, 1]
     assert resumed.leaders["macs-0.50"].episode == 3
     lines = path.read_text().splitlines()
     assert lines[0] == "episode,target,reward,top1,loss,macs,params,source,seconds,counts"
-    assert lines[1:] == [f"{n},0.5,0.{n},0.{n},1.0,500,50,best,0.25,{n}-7" for n in (1, 2, 3)]
+    assert lines[1:] == [f"{n},0.5,0.{n},0.{n},{1 / n},500,50,best,0.25,{n}-7" for n in (1, 2, 3)]
     resumed.append(episode(4, top1=0.9))
     assert len(path.read_text().splitlines()) == 5
 
