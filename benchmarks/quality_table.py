@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 OURS = "cacp"
 
 
-def summed_up(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def summed_up(rows: list[dict[str, Any]], targets: Sequence[float]) -> dict[str, Any]:
     """By searcher: top-1 of every target and on the mean of the targets, over the seeds.
 
     Args:
         rows: cells of one model, each with "searcher", "seed" and "measured": target -> top1 of what it picked.
+        targets: that the mean is over.
 
     Returns:
         For each searcher and target (and "mean"): mean, standard error (None for one seed), number of seeds, and the
         same of ours minus it, seed by seed. A target for which a searcher found nothing in some seed is left out.
     """
+    names = [f"{target:.2f}" for target in targets]
     by_searcher: dict[str, dict[int, dict[str, float]]] = {}
     for row in rows:
         tops = {target: measured["top1"] for target, measured in row["measured"].items()}
-        if len(tops) == len(row["picked"]):
-            tops["mean"] = statistics.mean(tops.values())
+        if set(names) <= set(tops):
+            tops["mean"] = statistics.mean(tops[name] for name in names)
         by_searcher.setdefault(row["searcher"], {})[row["seed"]] = tops
     ours = by_searcher.get(OURS, {})
     return {searcher: _summary(seeds, ours) for searcher, seeds in by_searcher.items()}

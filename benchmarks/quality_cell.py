@@ -1,0 +1,93 @@
+"""A cell of `benchmarks.search_quality`: a network, its images, and a purse that every score is paid from."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from cacp.cost import CostModel
+from cacp.data import ImageData, make_splits, normalise, stratified_order
+from cacp.evaluation import resolve_precision
+from cacp.graph import trace
+from cacp.importance import channel_importance, channel_orders
+from cacp.models import build_model
+from cacp.models.weights import load_weights
+from cacp.schema import ChannelGroups, Normalisation, Policy, Score
+from cacp.scoring import CALIBRATION_BATCH, PolicyScorer
+from cacp.slicing import counts_policy, slice_model
+
+TARGETS = (0.3, 0.4, 0.5, 0.6, 0.7)
+POLICIES = 100  # a target
+VALIDATION, CALIBRATION, DEVELOPMENT = 1000, 512, 5000  # images
+DEVELOPMENT_SEED = 12345
+NORMALISATION = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # of the weights
+
+Counts = tuple[int, ...]
+
+
+class Found(NamedTuple):
+    """A policy that was scored for a target: keep counts of the prunable groups, and what it is picked by."""
+
+    target: float
+    counts: Counts
+    value: float
+
+
+class Cell:
+    """A network, its images and the purse of one cell."""
+
+    def __init__(self, model: str, weights: Path, train: ImageData, seed: int) -> None:
+        self.development, rest = development_split(train)
+        splits = make_splits(rest, None, VALIDATION, CALIBRATION, seed)
+        self.calibration, device = splits.calibration, torch.device("cpu" if not torch.cuda.is_available() else "cuda")
+        self.model = build_model(model, len(train.classes), seed=0)
+        load_weights(self.model, weights)
+        self.model.eval().to(device, memory_format=torch.channels_last)
+        self.groups: ChannelGroups = trace(self.model, torch.zeros(1, *train.image_shape, device=device), "inner")
+        self.cost_model = CostModel(self.groups)
+        precision = resolve_precision("auto", device)
+        self.scorer_of_policies = self.scorer(splits.validation, precision)
+        self._orders: dict[str, dict[str, torch.Tensor]] = {}
+        self.seed = seed
+        self.scored = 0
+        self.purse = POLICIES * len(TARGETS)
+        self.criterion = "l1"
+        self.forgiven = 0.0  # of the dense MACs, above a target
+
+    def scorer(self, images: ImageData, precision: torch.dtype = torch.float32) -> PolicyScorer:
+        return PolicyScorer(self.model, self.groups, images, self.calibration, NORMALISATION, precision)
+
+    def policy(self, counts: Counts) -> Policy:
+        if self.criterion not in self._orders:
+            self._orders[self.criterion] = channel_orders(self.importance(self.criterion))
+        return counts_policy(self.groups, counts, self._orders[self.criterion], self.criterion)
+
+    def score(self, counts: Counts) -> Score:
+        """Of one policy, paid from the purse."""
+        self._pay()
+        return self.scorer_of_policies(self.policy(counts))
+
+    def stale_top1(self, counts: Counts) -> float:
+        """Top-1 without recalibration, paid likewise."""
+        self._pay()
+        sliced = slice_model(self.model, self.groups, self.policy(counts)).to(memory_format=torch.channels_last)
+        return self.scorer_of_policies.evaluate(sliced).top1
+
+    def _pay(self) -> None:
+        self.scored += 1
+        assert self.scored <= self.purse, "the purse is empty"
+
+    def importance(self, criterion: str) -> dict[str, torch.Tensor]:
+        """Channel scores, on the calibration images where the criterion needs some."""
+        images, labels = self.calibration, self.calibration.labels
+        batches = (
+            (normalise(images.batch(part), NORMALISATION), labels[part])
+            for part in torch.arange(len(images)).split(CALIBRATION_BATCH)
+        )
+        return channel_importance(self.model, self.groups, criterion, batches, self.seed)
+
+
+def development_split(train: ImageData) -> tuple[ImageData, ImageData]:
+    """5,000 training images, the same for all cells, and the rest."""
+    order = stratified_order(train.labels, torch.Generator().manual_seed(DEVELOPMENT_SEED))
+    return train.subset(order[:DEVELOPMENT]), train.subset(order[DEVELOPMENT:])
