@@ -30,7 +30,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from agents import ConditionalDDPG, make_agent
+from agents import ConditionalDDPG, EpisodeEnd, make_agent
 from benchmarks.published_cacp import published_search
 from benchmarks.quality_cell import CALIBRATION, POLICIES, TARGETS, VALIDATION, Cell, Found
 from benchmarks.quality_table import show, summed_up
@@ -44,6 +44,7 @@ from cacp.pipeline import environment, run_command
 from cacp.reward import log_loss_reward
 from cacp.schema import TARGET_TOLERANCE, Budget
 from envs import ChannelPruningEnv, EpisodeResult
+from search import planned
 
 BETWEEN = (0.35, 0.45, 0.55, 0.65)  # never trained: one planned policy each, against 100 random ones
 AMC_WARMUP = 5  # random episodes of one target; our agent's own default is for all
@@ -56,24 +57,17 @@ def by_agent(name: str, cell: Cell, targets: Sequence[float] = TARGETS, warmup_e
     env = ChannelPruningEnv(cell.groups, cell.score, log_loss_reward, targets)
     found: list[Found] = []
     agent = make_agent(name, env, targets, cell.seed, warmup_episodes)
-    agent.run(POLICIES * len(targets), lambda end: found.append(found_of(end.info)))
+
+    def on_episode(end: EpisodeEnd) -> None:
+        result: EpisodeResult = end.info["result"]
+        found.append(Found(result.budget.targets["macs"], result.counts, -result.score.loss))
+
+    agent.run(POLICIES * len(targets), on_episode)
     if isinstance(agent, ConditionalDDPG) and len(targets) > 1:
         cell.purse += len(BETWEEN)
-        found += [asked(env, agent, target) for target in BETWEEN]
+        answers = {target: planned(env, agent, target) for target in BETWEEN}
+        found += [Found(target, answer.counts, -answer.score.loss) for target, answer in answers.items()]
     return found
-
-
-def asked(env: ChannelPruningEnv, agent: ConditionalDDPG, target: float) -> Found:
-    """What the agent plans for a target that it was not trained for."""
-    env.reset(options={"target": target})
-    for action in agent.plan(target):
-        *_, info = env.step(action)
-    return found_of(info)
-
-
-def found_of(info: dict[str, Any]) -> Found:
-    result: EpisodeResult = info["result"]
-    return Found(result.budget.targets["macs"], result.counts, -result.score.loss)
 
 
 def by_amc(cell: Cell) -> list[Found]:
