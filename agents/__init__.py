@@ -1,6 +1,6 @@
 """Searchers: they play a channel-pruning environment and learn which keep ratios pay off at which target."""
 
-from agents.conditional_ddpg import ConditionalDDPG
+from agents.conditional_ddpg import WARMUP_EPISODES, ConditionalDDPG
 from agents.evolution import EvolutionSearch
 from agents.noise import NoiseSchedule, truncated_normal
 from agents.planner import Rehearsal
@@ -11,6 +11,7 @@ from agents.searcher import EpisodeEnd, Searcher
 
 __all__ = [
     "AGENTS",
+    "WARMUP_EPISODES",
     "ConditionalDDPG",
     "EpisodeEnd",
     "EpisodeReplay",

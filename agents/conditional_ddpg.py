@@ -58,6 +58,7 @@ from agents.replay import EpisodeReplay, TargetBaseline
 from agents.searcher import EpisodeEnd, check_spaces
 from cacp.checkpoint import pack, unpack
 
+WARMUP_EPISODES = 15  # random
 NEW_TARGET = 0.05  # a target that differs by more from all before begins with the even share
 IMAGINED_EPISODES = 4  # that the networks learn from beside every real one
 REPLAY_EPISODES = 100  # real and imagined
@@ -108,7 +109,7 @@ class ConditionalDDPG(DDPG):
         env: gymnasium.Env,
         *,
         seed: int = 0,
-        warmup_episodes: int = 15,
+        warmup_episodes: int = WARMUP_EPISODES,
         noise: NoiseSchedule | None = None,
         device: str = "cpu",
     ) -> None:

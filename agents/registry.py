@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import gymnasium
 
-from agents.conditional_ddpg import ConditionalDDPG
+from agents.conditional_ddpg import WARMUP_EPISODES, ConditionalDDPG
 from agents.evolution import ALGORITHMS, EvolutionSearch
 from agents.random_search import RandomSearch
 from agents.searcher import Searcher
@@ -16,7 +16,7 @@ AGENTS = ("cacp", "random", *ALGORITHMS)
 
 
 def make_agent(
-    name: str, env: gymnasium.Env, targets: Sequence[float], seed: int = 0, warmup_episodes: int = 15
+    name: str, env: gymnasium.Env, targets: Sequence[float], seed: int = 0, warmup_episodes: int = WARMUP_EPISODES
 ) -> Searcher:
     """A searcher that plays `env`.
 

@@ -6,14 +6,15 @@ from typing import NamedTuple
 import torch
 
 from cacp.cost import CostModel
-from cacp.data import ImageData, make_splits, normalise, stratified_order
-from cacp.evaluation import resolve_precision
+from cacp.data import ImageData, make_splits, stratified_order
+from cacp.evaluation import device_of, resolve_precision
 from cacp.graph import trace
 from cacp.importance import channel_importance, channel_orders
 from cacp.models import build_model
 from cacp.models.weights import load_weights
+from cacp.pipeline import labelled_batches
 from cacp.schema import ChannelGroups, Normalisation, Policy, Score
-from cacp.scoring import CALIBRATION_BATCH, PolicyScorer
+from cacp.scoring import PolicyScorer
 from cacp.slicing import counts_policy, slice_model
 
 TARGETS = (0.3, 0.4, 0.5, 0.6, 0.7)
@@ -79,11 +80,7 @@ class Cell:
 
     def importance(self, criterion: str) -> dict[str, torch.Tensor]:
         """Channel scores, on the calibration images where the criterion needs some."""
-        images, labels = self.calibration, self.calibration.labels
-        batches = (
-            (normalise(images.batch(part), NORMALISATION), labels[part])
-            for part in torch.arange(len(images)).split(CALIBRATION_BATCH)
-        )
+        batches = labelled_batches(self.calibration, NORMALISATION, device_of(self.model))
         return channel_importance(self.model, self.groups, criterion, batches, self.seed)
 
 

@@ -30,7 +30,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from agents import ConditionalDDPG, EpisodeEnd, make_agent
+from agents import WARMUP_EPISODES, ConditionalDDPG, EpisodeEnd, make_agent
 from benchmarks.published_cacp import published_search
 from benchmarks.quality_cell import CALIBRATION, POLICIES, TARGETS, VALIDATION, Cell, Found
 from benchmarks.quality_table import show, summed_up
@@ -53,7 +53,9 @@ AMC_WARMUP = 5  # random episodes of one target; our agent's own default is for 
 # searchers ------------------------------------------------------------------------------------------------------------
 
 
-def by_agent(name: str, cell: Cell, targets: Sequence[float] = TARGETS, warmup_episodes: int = 15) -> list[Found]:
+def by_agent(
+    name: str, cell: Cell, targets: Sequence[float] = TARGETS, warmup_episodes: int = WARMUP_EPISODES
+) -> list[Found]:
     env = ChannelPruningEnv(cell.groups, cell.score, log_loss_reward, targets)
     found: list[Found] = []
     agent = make_agent(name, env, targets, cell.seed, warmup_episodes)
@@ -138,9 +140,7 @@ def main() -> None:
             print(path.stem, f"{load_json(path)['seconds']:.0f} s", flush=True)
     if arguments.judge:
         test = load_dataset(arguments.dataset, "test", arguments.data_dir) if arguments.judge == "test" else None
-        rows = [
-            row for path in sorted(arguments.work.glob("*_*_?.json")) for row in [measured(path, weights, train, test)]
-        ]
+        rows = [measured(path, weights, train, test) for path in sorted(arguments.work.glob("*_*_?.json"))]
         result = {
             "judged_on": arguments.judge,
             "targets": TARGETS,

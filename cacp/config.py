@@ -18,7 +18,7 @@ from typing import Any
 import jsonargparse
 import yaml
 
-from agents import AGENTS
+from agents import AGENTS, WARMUP_EPISODES
 from cacp.checkpoint import write_atomically
 from cacp.data import DATASETS
 from cacp.evaluation import PRECISIONS
@@ -94,7 +94,7 @@ class Experiment:
     episodes: int = _setting(
         900, POLICY, "policies to score, all targets together; search, and prune --method sensitivity"
     )
-    warmup_episodes: int = _setting(15, POLICY, "search: episodes drawn at random before the agent plans")
+    warmup_episodes: int = _setting(WARMUP_EPISODES, POLICY, "search: episodes drawn at random before the agent plans")
     method: str = _setting("uniform", POLICY, f"prune: one of {', '.join(METHODS)}")
     finetune_epochs: int = _setting(400, FINETUNE, "epochs of every exported model")
     finetune_lr: float = _setting(0.1, FINETUNE, "highest learning rate")

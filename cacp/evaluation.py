@@ -102,7 +102,7 @@ def _evaluate_batches(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]
         for images, labels in batches:
             logits = model(images).float()  # (B, classes)
             labels = labels.to(logits.device)
-            totals.add(logits, labels)
+            totals.add(logits, labels, F.cross_entropy(logits, labels))
     return Evaluation(totals.top1, totals.loss)
 
 
@@ -142,15 +142,16 @@ def recalibrate_batchnorm(model: nn.Module, images: Tensor, batch_size: int) -> 
 
 
 class Totals:
-    """Sums over images, on the device; reading a mean waits for it."""
+    """Correct answers and summed loss, on the device; reading `top1` or `loss` waits for it."""
 
     def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(2, dtype=torch.float64, device=device)  # as `answer_sums` gives them
+        self._sums = torch.zeros(2, dtype=torch.float64, device=device)  # (2,): correct images, nats
         self._count = 0
 
-    def add(self, logits: Tensor, labels: Tensor) -> None:
-        """Add a batch: logits (B, classes), labels (B,)."""
-        self._sums += answer_sums(logits, labels)
+    def add(self, logits: Tensor, labels: Tensor, mean_loss: Tensor) -> None:
+        """Add a batch: logits (B, classes), labels (B,), mean loss ()."""
+        correct = (logits.argmax(1) == labels).sum()
+        self._sums += torch.stack([correct.double(), mean_loss.double() * len(labels)])
         self._count += len(labels)
 
     @property
@@ -160,12 +161,6 @@ class Totals:
     @property
     def loss(self) -> float:
         return float(self._sums[1]) / self._count
-
-
-def answer_sums(logits: Tensor, labels: Tensor) -> Tensor:
-    """Of a batch of logits (B, classes): correct answers and nats; (2,) float64."""
-    nats = F.cross_entropy(logits.float(), labels, reduction="sum")
-    return torch.stack([(logits.argmax(1) == labels).sum().double(), nats.double()])
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -33,7 +33,7 @@ from cacp.history import target_budgets
 from cacp.importance import channel_importance, channel_orders
 from cacp.models import build_model
 from cacp.profiling import Profile
-from cacp.schema import ChannelGroups, Policy, Score, UserError
+from cacp.schema import ChannelGroups, Normalisation, Policy, Score, UserError
 from cacp.scoring import CALIBRATION_BATCH, PolicyScorer
 from cacp.slicing import counts_policy
 from cacp.training import Recipe
@@ -263,14 +263,18 @@ class Workbench:
 
     def importance(self, criterion: str) -> dict[str, Tensor]:
         """Channel scores; a criterion that needs gradients gets the calibration images."""
-        batches = _labelled_batches(self.calibration, self.dense) if criterion == "taylor" else ()
-        return channel_importance(self.dense.model, self.groups, criterion, batches, self.seed)
+        model, batches = self.dense.model, list[tuple[Tensor, Tensor]]()
+        if criterion == "taylor":
+            batches = labelled_batches(self.calibration, self.dense.normalisation, device_of(model))
+        return channel_importance(model, self.groups, criterion, batches, self.seed)
 
 
-def _labelled_batches(data: ImageData, dense: DenseModel) -> list[tuple[Tensor, Tensor]]:
-    device = device_of(dense.model)
+def labelled_batches(
+    data: ImageData, normalisation: Normalisation, device: torch.device
+) -> list[tuple[Tensor, Tensor]]:
+    """Batches of images (B, C, H, W), normalised, and labels (B,), for a criterion that needs gradients."""
     return [
-        (normalise(data.batch(indices), dense.normalisation, device), data.labels[indices].to(device))
+        (normalise(data.batch(indices), normalisation, device), data.labels[indices].to(device))
         for indices in torch.arange(len(data)).split(CALIBRATION_BATCH)
     ]
 

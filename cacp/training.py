@@ -312,7 +312,7 @@ def _train_epoch(state: FitState, job: _Job, epoch: int) -> Totals:
             loss.backward()
             state.optimizer.step()
 
-            totals.add(logits.detach(), labels)
+            totals.add(logits.detach(), labels, loss.detach())
             if (step + 1) % DIVERGENCE_CHECK_STEPS == 0 and not math.isfinite(totals.loss):
                 raise _diverged(job, epoch, lr, f"the training loss is {totals.loss}")
     return totals

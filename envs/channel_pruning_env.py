@@ -10,9 +10,8 @@ import numpy as np
 from gymnasium import spaces
 
 from cacp.budget import BudgetWalk, KeepInterval, check_reachable, keep_count
-from cacp.cost import CostModel
 from cacp.schema import Budget, ChannelGroups, Score, UserError
-from envs.observation import FEATURES, mean_target, observe, static_features
+from envs.observation import FEATURES, mean_target, observe
 from envs.rehearsal import Rehearsal
 
 
@@ -91,7 +90,8 @@ class ChannelPruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         self.observation_space = spaces.Box(0.0, 1.0, (FEATURES,), np.float32)
         self.action_space = spaces.Box(-1.0, 1.0, (1,), np.float32)
         self.episodes_started = 0
-        self._cost_model = CostModel(groups)
+        self.rehearsal = Rehearsal(groups)
+        self._cost_model = self.rehearsal.cost_model
         self._score_fn = score_fn
         self._reward_fn = reward_fn
         self._targets = targets if isinstance(targets, TargetRange) else tuple(targets)
@@ -99,8 +99,6 @@ class ChannelPruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             raise UserError("targets must name at least one macs target in (0, 1], but got none")
         for target in self._targets:
             check_reachable(self._cost_model, Budget({"macs": target}))
-        self._static = static_features(groups)
-        self.rehearsal = Rehearsal(groups)
         self._walk = BudgetWalk(self._cost_model, Budget({"macs": 1.0}))
         self._interval: KeepInterval | None = None
 
@@ -153,4 +151,4 @@ class ChannelPruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         return self._observation(), reward, True, False, {"result": result}
 
     def _observation(self) -> np.ndarray:
-        return observe(self._static, self._walk, self._interval)
+        return observe(self.rehearsal.static, self._walk, self._interval)

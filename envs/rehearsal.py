@@ -32,12 +32,17 @@ class Rehearsal:
 
     Args:
         groups: of the model.
+
+    Attributes:
+        cost_model: of the groups.
+        static: (G, 8) features of the groups, see `envs.observation`.
+        steps: of an episode, G.
     """
 
     def __init__(self, groups: ChannelGroups) -> None:
-        self._cost_model = CostModel(groups)
-        self._static = static_features(groups)
-        self.steps = len(self._cost_model.names)
+        self.cost_model = CostModel(groups)
+        self.static = static_features(groups)
+        self.steps = len(self.cost_model.names)
 
     def roll_out(self, target: float, act: Callable[[np.ndarray], float]) -> Rehearsed:
         """The episode of a policy that sees observations (O,) and answers with actions in [-1, 1]."""
@@ -45,21 +50,21 @@ class Rehearsal:
 
     def imitate(self, target: float, ratios: np.ndarray) -> Rehearsed:
         """The episode whose keep ratios come nearest to `ratios` (G,), step by step."""
-        counts = np.round(ratios * self._cost_model.channels).astype(int).tolist()
+        counts = np.round(ratios * self.cost_model.channels).astype(int).tolist()
         return self._played(target, lambda observation, interval, step: keep_action(interval, counts[step]))
 
     def scaled(self, target: float, ratios: np.ndarray) -> np.ndarray:
         """Keep ratios (N, G) times one factor a policy, so that each uses its target up (real-valued counts)."""
-        return scaled_ratios(self._cost_model, Budget({"macs": target}), ratios)
+        return scaled_ratios(self.cost_model, Budget({"macs": target}), ratios)
 
     def _played(self, target: float, act: Callable[[np.ndarray, KeepInterval, int], float]) -> Rehearsed:
-        walk = BudgetWalk(self._cost_model, Budget({"macs": target}))
+        walk = BudgetWalk(self.cost_model, Budget({"macs": target}))
         observations, actions = list[np.ndarray](), list[float]()
         while not walk.finished:
             interval = walk.interval()
-            observations.append(observe(self._static, walk, interval))
+            observations.append(observe(self.static, walk, interval))
             action = act(observations[-1], interval, len(actions))
             actions.append(float(np.float32(action)))  # as the environment gets it
             walk.choose(keep_count(interval, actions[-1]))
-        observations.append(observe(self._static, walk, None))
-        return Rehearsed(np.stack(observations), np.array(actions), walk.chosen / self._cost_model.channels)
+        observations.append(observe(self.static, walk, None))
+        return Rehearsed(np.stack(observations), np.array(actions), walk.chosen / self.cost_model.channels)
