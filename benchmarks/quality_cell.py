@@ -1,5 +1,6 @@
 """A cell of `benchmarks.search_quality`: a network, its images, and a purse that every score is paid from."""
 
+import argparse
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,10 +19,13 @@ from cacp.scoring import PolicyScorer
 from cacp.slicing import counts_policy, slice_model
 
 TARGETS = (0.3, 0.4, 0.5, 0.6, 0.7)
+BETWEEN = (0.35, 0.45, 0.55, 0.65)  # never searched by ours: one planned policy each, against 100 random ones
 POLICIES = 100  # a target
 VALIDATION, CALIBRATION, DEVELOPMENT = 1000, 512, 5000  # images
 DEVELOPMENT_SEED = 12345
 NORMALISATION = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # of the weights
+
+JUDGES = ("development", "test")
 
 Counts = tuple[int, ...]
 
@@ -40,7 +44,8 @@ class Cell:
     def __init__(self, model: str, weights: Path, train: ImageData, seed: int) -> None:
         self.development, rest = development_split(train)
         splits = make_splits(rest, None, VALIDATION, CALIBRATION, seed)
-        self.calibration, device = splits.calibration, torch.device("cpu" if not torch.cuda.is_available() else "cuda")
+        self.training, self.calibration = splits.train, splits.calibration  # the development split is in neither
+        device = torch.device("cpu" if not torch.cuda.is_available() else "cuda")
         self.model = build_model(model, len(train.classes), seed=0)
         load_weights(self.model, weights)
         self.model.eval().to(device, memory_format=torch.channels_last)
@@ -88,3 +93,16 @@ def development_split(train: ImageData) -> tuple[ImageData, ImageData]:
     """5,000 training images, the same for all cells, and the rest."""
     order = stratified_order(train.labels, torch.Generator().manual_seed(DEVELOPMENT_SEED))
     return train.subset(order[:DEVELOPMENT]), train.subset(order[DEVELOPMENT:])
+
+
+def cell_arguments(doc: str | None) -> argparse.ArgumentParser:
+    """What every command on cells takes; see `benchmarks.search_quality`."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", default="cifar10")
+    parser.add_argument("--data_dir", default="data")
+    parser.add_argument("--weights", nargs="+", required=True, metavar="MODEL=FILE")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--work", required=True, type=Path, help="folder of a file a cell")
+    parser.add_argument("--judge", choices=JUDGES, help="images that judge what was found")
+    parser.add_argument("--result", type=Path, help="JSON file for what is measured")
+    return parser

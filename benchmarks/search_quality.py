@@ -17,117 +17,33 @@ Searchers:
 - random: random policies, the best by fresh batch norm (EagleEye); random-between: at targets that cacp is asked for
   after its search, 100 each against its one. cma, nsga2: see `agents.evolution`.
 - sensitivity: FastNAS-like, see `cacp.methods.sensitivity`. uniform, taylor: without episodes.
+- ours without a part: without-planner (a DDPG that plays its own actions), without-actor, without-imagination; by-top1
+  maximises top-1.
 
-All but `published` minimise the loss on the validation images, and it picks the policy of a target among those that
-meet it.
+All but `published` and by-top1 minimise the loss on the validation images, and it picks the policy of a target among
+those that meet it. What fine-tuning makes of them: `benchmarks.quality_finetuning`.
 """
 
-import argparse
 import itertools
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from agents import WARMUP_EPISODES, ConditionalDDPG, EpisodeEnd, make_agent
-from benchmarks.published_cacp import published_search
-from benchmarks.quality_cell import CALIBRATION, POLICIES, TARGETS, VALIDATION, Cell, Found
+from benchmarks.quality_cell import CALIBRATION, POLICIES, TARGETS, VALIDATION, Cell, Found, cell_arguments
+from benchmarks.quality_searchers import SEARCHERS
 from benchmarks.quality_table import show, summed_up
 from benchmarks.summarise import portable
-from cacp.budget import meets_targets, uniform_counts
+from cacp.budget import meets_targets
 from cacp.checkpoint import load_json, save_json
 from cacp.data import ImageData, load_dataset
-from cacp.methods import Subject, taylor
-from cacp.methods.sensitivity import degradation_curves, threshold_counts
 from cacp.pipeline import environment, run_command
-from cacp.reward import log_loss_reward
-from cacp.schema import TARGET_TOLERANCE, Budget
-from envs import ChannelPruningEnv, EpisodeResult
-from search import planned
-
-BETWEEN = (0.35, 0.45, 0.55, 0.65)  # never trained: one planned policy each, against 100 random ones
-AMC_WARMUP = 5  # random episodes of one target; our agent's own default is for all
-
-
-# searchers ------------------------------------------------------------------------------------------------------------
-
-
-def by_agent(
-    name: str, cell: Cell, targets: Sequence[float] = TARGETS, warmup_episodes: int = WARMUP_EPISODES
-) -> list[Found]:
-    env = ChannelPruningEnv(cell.groups, cell.score, log_loss_reward, targets)
-    found: list[Found] = []
-    agent = make_agent(name, env, targets, cell.seed, warmup_episodes)
-
-    def on_episode(end: EpisodeEnd) -> None:
-        result: EpisodeResult = end.info["result"]
-        found.append(Found(result.budget.targets["macs"], result.counts, -result.score.loss))
-
-    agent.run(POLICIES * len(targets), on_episode)
-    if isinstance(agent, ConditionalDDPG) and len(targets) > 1:
-        cell.purse += len(BETWEEN)
-        answers = {target: planned(env, agent, target) for target in BETWEEN}
-        found += [Found(target, answer.counts, -answer.score.loss) for target, answer in answers.items()]
-    return found
-
-
-def by_amc(cell: Cell) -> list[Found]:
-    return [found for target in TARGETS for found in by_agent("cacp", cell, [target], AMC_WARMUP)]
-
-
-def by_published(cell: Cell) -> list[Found]:
-    cell.forgiven = TARGET_TOLERANCE
-    episodes = published_search(cell.groups, cell.stale_top1, TARGETS, POLICIES * len(TARGETS), cell.seed)
-    return [Found(*episode) for episode in episodes]
-
-
-def by_uniform(cell: Cell) -> list[Found]:
-    return [Found(target, uniform_counts(cell.cost_model, Budget({"macs": target})), 0.0) for target in TARGETS]
-
-
-def by_sensitivity(cell: Cell) -> list[Found]:
-    purse = POLICIES * len(TARGETS)
-    curves = degradation_curves(lambda counts: -cell.score(counts).loss, cell.cost_model, purse)
-    return [
-        Found(target, threshold_counts(curves, cell.cost_model, Budget({"macs": target})), 0.0) for target in TARGETS
-    ]
-
-
-def by_taylor(cell: Cell) -> list[Found]:
-    cell.criterion = "taylor"
-    subject = Subject(cell.groups, cell.cost_model, cell.importance, "taylor", cell.scorer_of_policies, 0)
-    budgets = [Budget({"macs": target}) for target in TARGETS]
-    return [Found(budget.targets["macs"], tuple(taylor(subject, budget).counts.values()), 0.0) for budget in budgets]
-
-
-SEARCHERS: dict[str, Callable[[Cell], list[Found]]] = {
-    "cacp": partial(by_agent, "cacp"),
-    "sensitivity": by_sensitivity,
-    "uniform": by_uniform,
-    "taylor": by_taylor,
-    "random": partial(by_agent, "random"),
-    "random-between": partial(by_agent, "random", targets=BETWEEN),
-    "cma": partial(by_agent, "cma"),
-    "nsga2": partial(by_agent, "nsga2"),
-    "amc": by_amc,
-    "published": by_published,
-}
-
-
-# cells ----------------------------------------------------------------------------------------------------------------
+from cacp.schema import Budget
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", default="cifar10")
-    parser.add_argument("--data_dir", default="data")
-    parser.add_argument("--weights", nargs="+", required=True, metavar="MODEL=FILE")
+    parser = cell_arguments(__doc__)
     parser.add_argument("--searchers", nargs="+", default=list(SEARCHERS), choices=SEARCHERS)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--work", required=True, type=Path, help="folder of a file a cell")
-    parser.add_argument("--judge", choices=("development", "test"), help="measure what was found")
-    parser.add_argument("--result", type=Path, help="JSON file for what is measured")
     arguments = parser.parse_args()
     if (arguments.judge is None) != (arguments.result is None):
         parser.error("--judge and --result go together")

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import resnet20
+from test_agents import ToyEnv, play
 
+from benchmarks.quality_searchers import WithoutActor, WithoutImagination, WithoutPlanner
 from benchmarks.quality_table import summed_up
 from benchmarks.repair import Repair
 from benchmarks.score_quality import correlated, numbers
@@ -74,3 +76,17 @@ def test_repair_is_the_least_squares_fit_and_keeps_a_whole_network() -> None:
     outputs = patches @ weight.detach().flatten(1).T
     expected = torch.linalg.lstsq(patches[:, kept].double(), outputs.double()).solution.T.float()
     torch.testing.assert_close(sliced.get_submodule(name).weight.flatten(1), expected, atol=1e-2, rtol=0)
+
+
+def test_ours_without_a_part_lacks_that_part_alone() -> None:
+    plain = WithoutPlanner(ToyEnv(), warmup_episodes=3)
+    assert {end.source for end in play(plain, 9)[3:]} == {"actor"}
+    assert plain.replay_buffer.size() == 9 * 6  # steps of the episodes that were played
+
+    without = WithoutActor(ToyEnv(), warmup_episodes=3)
+    play(without, 9)
+    assert without._greedy(0.5) == pytest.approx(without._rehearsal.roll_out(0.5, lambda _: 0.0).ratios)
+    assert without.replay_buffer.size() == (9 + 4 * 7) * 6  # imagined ones from the end of warm-up on
+
+    play(without_imagination := WithoutImagination(ToyEnv(), warmup_episodes=3), 9)
+    assert without_imagination.replay_buffer.size() == 9 * 6

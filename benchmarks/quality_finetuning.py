@@ -1,0 +1,77 @@
+"""The winners of `benchmarks.search_quality` after fine-tuning: does what a search prefers stay better?
+
+    python -m benchmarks.quality_finetuning --dataset imagefolder --data_dir DIR --work FOLDER --weights resnet56=FILE \
+        --searchers cacp uniform [--seeds 0] --judge development --result FILE
+
+FOLDER holds the cells. The policy that a searcher picked for a target is sliced, recalibrated, trained on all training
+images but the cell's own and the development split, and judged in fp32. Networks are kept in FOLDER/finetuned: judging
+again trains nothing, and a run that was broken off goes on after its last epoch.
+"""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+from benchmarks.quality_cell import NORMALISATION, Cell, cell_arguments
+from benchmarks.quality_searchers import SEARCHERS
+from benchmarks.quality_table import show, summed_up
+from benchmarks.score_quality import RECIPE
+from benchmarks.summarise import portable
+from cacp.checkpoint import load_json, save_json
+from cacp.data import ImageData, load_dataset
+from cacp.evaluation import evaluate_data
+from cacp.pipeline import environment, run_command
+from cacp.training import Recipe, fit
+
+
+def main() -> None:
+    parser = cell_arguments(__doc__)
+    parser.add_argument("--searchers", nargs="+", required=True, choices=SEARCHERS)
+    parser.add_argument("--targets", nargs="+", type=float, default=[0.3, 0.5])
+    parser.add_argument("--epochs", type=int, default=2)
+    arguments = parser.parse_args()
+    if arguments.judge is None or arguments.result is None:
+        parser.error("--judge and --result are required")
+    weights = dict(pair.split("=", 1) for pair in arguments.weights)
+    train = load_dataset(arguments.dataset, "train", arguments.data_dir)
+    test = load_dataset(arguments.dataset, "test", arguments.data_dir) if arguments.judge == "test" else None
+    recipe = Recipe(**{**RECIPE, "epochs": arguments.epochs})
+    rows = []
+    for seed, (model, file), searcher in itertools.product(arguments.seeds, weights.items(), arguments.searchers):
+        path = arguments.work / f"{model}_{searcher}_{seed}.json"
+        if path.is_file():
+            cell = Cell(model, Path(file), train, seed)
+            rows.append(finetuned(path, cell, arguments.targets, recipe, test))
+            print(path.stem, *(f"{name} {100 * row['top1']:.2f}" for name, row in rows[-1]["measured"].items()))
+    result = {
+        "judged_on": arguments.judge,
+        "recipe": {**RECIPE, "epochs": arguments.epochs, "images": len(cell.training)},
+        "models": {
+            model: summed_up([row for row in rows if row["model"] == model], arguments.targets) for model in weights
+        },
+        "cells": rows,
+        "environment": environment(0),
+    }
+    save_json(arguments.result, portable(result))
+    show(result["models"])
+
+
+def finetuned(path: Path, cell: Cell, targets: list[float], recipe: Recipe, test: ImageData | None) -> dict[str, Any]:
+    """Top-1 and loss after fine-tuning of what a cell picked; on the development split without test images."""
+    found = load_json(path)
+    cell.criterion = found["criterion"]
+    measured = {}
+    for name in (f"{target:.2f}" for target in targets):
+        if found["picked"].get(name) is None:
+            continue
+        model = cell.scorer_of_policies.sliced(cell.policy(tuple(found["picked"][name]["counts"])))
+        folder = path.parent / "finetuned" / f"{path.stem}_{name}_{recipe.epochs}"
+        for _ in fit(model, cell.training, None, NORMALISATION, recipe, cell.seed, folder):
+            pass
+        images = cell.development if test is None else test
+        measured[name] = evaluate_data(model.eval(), images, NORMALISATION)._asdict()
+    return {**{key: found[key] for key in ("searcher", "model", "seed")}, "measured": measured}
+
+
+if __name__ == "__main__":
+    run_command(main)

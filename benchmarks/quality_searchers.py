@@ -1,0 +1,131 @@
+"""The searchers of `benchmarks.search_quality`: each spends a cell's purse, and tells what it found.
+
+Ours without one of its parts, for the ablation, are here too: the library has no options for them.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from agents import WARMUP_EPISODES, ConditionalDDPG, EpisodeEnd, Searcher, make_agent
+from agents.planner import Plan, Ratios
+from benchmarks.published_cacp import published_search
+from benchmarks.quality_cell import BETWEEN, POLICIES, TARGETS, Cell, Found
+from cacp.budget import uniform_counts
+from cacp.methods import Subject, taylor
+from cacp.methods.sensitivity import degradation_curves, threshold_counts
+from cacp.reward import log_loss_reward
+from cacp.schema import TARGET_TOLERANCE, Budget, Score
+from envs import ChannelPruningEnv, EpisodeResult
+from search import planned
+
+AMC_WARMUP = 5  # random episodes of one target; our agent's own default is for all
+PLAIN_WARMUP = 100  # random episodes of CACP
+
+Reward = Callable[[Score, float], float]
+Build = Callable[[ChannelPruningEnv, Sequence[float], int], Searcher]  # environment, targets, seed
+
+
+def by_agent(
+    build: Build, cell: Cell, targets: Sequence[float] = TARGETS, reward: Reward = log_loss_reward
+) -> list[Found]:
+    """Episodes of an agent in our environment, and what ours is asked for after them."""
+    env = ChannelPruningEnv(cell.groups, cell.score, reward, targets)
+    agent = build(env, targets, cell.seed)
+    found: list[Found] = []
+
+    def on_episode(end: EpisodeEnd) -> None:
+        result: EpisodeResult = end.info["result"]
+        found.append(Found(result.budget.targets["macs"], result.counts, result.reward))
+
+    agent.run(POLICIES * len(targets), on_episode)
+    if isinstance(agent, ConditionalDDPG) and len(targets) > 1:
+        cell.purse += len(BETWEEN)
+        answers = {target: planned(env, agent, target) for target in BETWEEN}
+        found += [Found(target, answer.counts, reward(answer.score, target)) for target, answer in answers.items()]
+    return found
+
+
+def named(name: str, warmup_episodes: int = WARMUP_EPISODES) -> Build:
+    """An agent of the library."""
+    return lambda env, targets, seed: make_agent(name, env, targets, seed, warmup_episodes)
+
+
+def by_amc(cell: Cell) -> list[Found]:
+    return [found for target in TARGETS for found in by_agent(named("cacp", AMC_WARMUP), cell, [target])]
+
+
+def by_published(cell: Cell) -> list[Found]:
+    cell.forgiven = TARGET_TOLERANCE
+    episodes = published_search(cell.groups, cell.stale_top1, TARGETS, POLICIES * len(TARGETS), cell.seed)
+    return [Found(*episode) for episode in episodes]
+
+
+def by_uniform(cell: Cell) -> list[Found]:
+    return [Found(target, uniform_counts(cell.cost_model, Budget({"macs": target})), 0.0) for target in TARGETS]
+
+
+def by_sensitivity(cell: Cell) -> list[Found]:
+    purse = POLICIES * len(TARGETS)
+    curves = degradation_curves(lambda counts: -cell.score(counts).loss, cell.cost_model, purse)
+    return [
+        Found(target, threshold_counts(curves, cell.cost_model, Budget({"macs": target})), 0.0) for target in TARGETS
+    ]
+
+
+def by_taylor(cell: Cell) -> list[Found]:
+    cell.criterion = "taylor"
+    subject = Subject(cell.groups, cell.cost_model, cell.importance, "taylor", cell.scorer_of_policies, 0)
+    budgets = [Budget({"macs": target}) for target in TARGETS]
+    return [Found(budget.targets["macs"], tuple(taylor(subject, budget).counts.values()), 0.0) for budget in budgets]
+
+
+# ours without a part ------------------------------------------------------------------------------------------------
+
+
+class WithoutActor(ConditionalDDPG):
+    """Plans from the even share in place of the actor's roll-out."""
+
+    def _greedy(self, target: float) -> Ratios:
+        return self._rehearsal.roll_out(target, lambda observation: 0.0).ratios
+
+
+class WithoutImagination(ConditionalDDPG):
+    """Its networks learn from the episodes that it plays alone."""
+
+    def _imagine(self) -> None:
+        pass
+
+
+class WithoutPlanner(WithoutImagination):
+    """Plays the actor's actions with noise: a DDPG without a model."""
+
+    def _planned(self, target: float) -> Plan:
+        if self._episode_num < self.warmup_episodes:
+            return super()._planned(target)
+        return Plan(self._rehearsal.roll_out(target, lambda observation: self._noisy(self._act(observation))), "actor")
+
+
+def ablated(agent: type[ConditionalDDPG], warmup_episodes: int = WARMUP_EPISODES) -> Build:
+    return lambda env, targets, seed: agent(env, seed=seed, warmup_episodes=warmup_episodes)
+
+
+def top1_reward(score: Score, target: float) -> float:
+    return score.top1
+
+
+SEARCHERS: dict[str, Callable[[Cell], list[Found]]] = {
+    "cacp": partial(by_agent, named("cacp")),
+    "sensitivity": by_sensitivity,
+    "uniform": by_uniform,
+    "taylor": by_taylor,
+    "random": partial(by_agent, named("random")),
+    "random-between": partial(by_agent, named("random"), targets=BETWEEN),
+    "cma": partial(by_agent, named("cma")),
+    "nsga2": partial(by_agent, named("nsga2")),
+    "amc": by_amc,
+    "published": by_published,
+    "by-top1": partial(by_agent, named("cacp"), reward=top1_reward),
+    "without-actor": partial(by_agent, ablated(WithoutActor)),
+    "without-imagination": partial(by_agent, ablated(WithoutImagination)),
+    "without-planner": partial(by_agent, ablated(WithoutPlanner, PLAIN_WARMUP)),
+}
