@@ -97,7 +97,7 @@ def export(bench: Workbench, model_name: str, record: PolicyRecord, folder: Path
         "policy": record.to_json(),
         "dense": {**bench.cost_model.dense._asdict(), "holdout_top1": bench.rescorer.evaluate(dense.model).top1},
         "pruned": {**cost._asdict(), "counted_macs": counted.macs, "size_bytes": _size(folder)},
-        "score_at_search": {"top1": record.score.top1, "loss": record.score.loss},
+        "score_at_search": record.score.to_json(),
         "score_at_export": evaluation._asdict(),
         "bit_equal_after_loading": True,
         "latency_ms": measured_latencies(dense.model, loaded, dense.image_shape),

@@ -38,7 +38,7 @@ from cacp.reporting import (
     show_profile,
     table,
 )
-from cacp.reward import log_loss_reward
+from cacp.reward import log_odds_reward
 from cacp.schema import Budget, PolicyRecord, Score, UserError
 from envs import ChannelPruningEnv, EpisodeResult, TargetRange
 
@@ -81,7 +81,7 @@ def search(experiment: Experiment, ranked: Ranked, budgets: list[Budget], profil
     console.print(f"dense {experiment.model}: {percent(bench.dense.validation_top1)} % top-1 on the validation images")
     show_reachable(bench, budgets)
     targets = TargetRange(*experiment.target_range) if experiment.target_range else experiment.policy_targets
-    env = ChannelPruningEnv(bench.groups, ranked.score, log_loss_reward, targets)
+    env = ChannelPruningEnv(bench.groups, ranked.score, log_odds_reward, targets)
     agent = make_agent(experiment.agent, env, experiment.policy_targets, experiment.seed, experiment.warmup_episodes)
     finished = 0
     saved = load_state(folder / "checkpoint")
@@ -146,7 +146,7 @@ def best_record(
     experiment: Experiment, ranked: Ranked, budget: Budget, candidates: Sequence[Candidate]
 ) -> PolicyRecord:
     """Score the candidates of a target again, on images that did not choose them; the best there wins."""
-    winner = max(candidates, key=lambda candidate: -ranked.rescore(candidate.counts).loss)
+    winner = max(candidates, key=lambda candidate: ranked.rescore(candidate.counts).probability)
     return PolicyRecord(
         policy=ranked.policy(winner.counts),
         budget=budget,
@@ -178,7 +178,7 @@ def ask(experiment: Experiment, target: float, profile: Profile) -> None:
     if missing_policies(experiment.folder, [budget.name], method_name(experiment)):
         with profile.phase("preparation"):
             ranked = Ranked(build_workbench(experiment, profile), experiment.criterion)
-        env = ChannelPruningEnv(ranked.bench.groups, ranked.score, log_loss_reward, [target])
+        env = ChannelPruningEnv(ranked.bench.groups, ranked.score, log_odds_reward, [target])
         agent = ConditionalDDPG(env, seed=experiment.seed)
         agent.load_policy_state(load_tensors(networks))
         record = best_record(experiment, ranked, budget, [planned(env, agent, target)])

@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.quality_cell import NORMALISATION, Cell, cell_arguments
 from benchmarks.quality_searchers import SEARCHERS
-from benchmarks.quality_table import show, summed_up
+from benchmarks.quality_table import show, tables
 from benchmarks.score_quality import RECIPE
 from benchmarks.summarise import portable
 from cacp.checkpoint import load_json, save_json
@@ -46,9 +46,7 @@ def main() -> None:
     result = {
         "judged_on": arguments.judge,
         "recipe": {**RECIPE, "epochs": arguments.epochs, "images": len(cell.training)},
-        "models": {
-            model: summed_up([row for row in rows if row["model"] == model], arguments.targets) for model in weights
-        },
+        "models": tables(rows, arguments.targets),
         "cells": rows,
         "environment": environment(0),
     }

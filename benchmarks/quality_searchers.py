@@ -3,6 +3,7 @@
 Ours without one of its parts, for the ablation, are here too: the library has no options for them.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -13,7 +14,7 @@ from benchmarks.quality_cell import BETWEEN, POLICIES, TARGETS, Cell, Found
 from cacp.budget import uniform_counts
 from cacp.methods import Subject, taylor
 from cacp.methods.sensitivity import degradation_curves, threshold_counts
-from cacp.reward import log_loss_reward
+from cacp.reward import log_odds_reward
 from cacp.schema import TARGET_TOLERANCE, Budget, Score
 from envs import ChannelPruningEnv, EpisodeResult
 from search import planned
@@ -26,7 +27,7 @@ Build = Callable[[ChannelPruningEnv, Sequence[float], int], Searcher]  # environ
 
 
 def by_agent(
-    build: Build, cell: Cell, targets: Sequence[float] = TARGETS, reward: Reward = log_loss_reward
+    build: Build, cell: Cell, targets: Sequence[float] = TARGETS, reward: Reward = log_odds_reward
 ) -> list[Found]:
     """Episodes of an agent in our environment, and what ours is asked for after them."""
     env = ChannelPruningEnv(cell.groups, cell.score, reward, targets)
@@ -66,7 +67,7 @@ def by_uniform(cell: Cell) -> list[Found]:
 
 def by_sensitivity(cell: Cell) -> list[Found]:
     purse = POLICIES * len(TARGETS)
-    curves = degradation_curves(lambda counts: -cell.score(counts).loss, cell.cost_model, purse)
+    curves = degradation_curves(lambda counts: cell.score(counts).probability, cell.cost_model, purse)
     return [
         Found(target, threshold_counts(curves, cell.cost_model, Budget({"macs": target})), 0.0) for target in TARGETS
     ]
@@ -113,6 +114,10 @@ def top1_reward(score: Score, target: float) -> float:
     return score.top1
 
 
+def log_loss_reward(score: Score, target: float) -> float:
+    return -math.log(score.loss)
+
+
 SEARCHERS: dict[str, Callable[[Cell], list[Found]]] = {
     "cacp": partial(by_agent, named("cacp")),
     "sensitivity": by_sensitivity,
@@ -125,6 +130,7 @@ SEARCHERS: dict[str, Callable[[Cell], list[Found]]] = {
     "amc": by_amc,
     "published": by_published,
     "by-top1": partial(by_agent, named("cacp"), reward=top1_reward),
+    "by-loss": partial(by_agent, named("cacp"), reward=log_loss_reward),
     "without-actor": partial(by_agent, ablated(WithoutActor)),
     "without-imagination": partial(by_agent, ablated(WithoutImagination)),
     "without-planner": partial(by_agent, ablated(WithoutPlanner, PLAIN_WARMUP)),

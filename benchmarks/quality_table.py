@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
 
 OURS = "cacp"
+NUMBERS = ("top1", "loss", "probability")
+
+Summaries = dict[str, Any]  # by searcher and target
 
 
-def summed_up(rows: list[dict[str, Any]], targets: Sequence[float]) -> dict[str, Any]:
-    """By searcher: top-1 of every target and on the mean of the targets, over the seeds.
+def tables(rows: list[dict[str, Any]], targets: Sequence[float]) -> dict[str, dict[str, Summaries]]:
+    """`summed_up` for every model of the rows and every number."""
+    models = dict.fromkeys(row["model"] for row in rows)
+    return {
+        model: {
+            number: summed_up([row for row in rows if row["model"] == model], targets, number) for number in NUMBERS
+        }
+        for model in models
+    }
+
+
+def summed_up(rows: list[dict[str, Any]], targets: Sequence[float], number: str = "top1") -> Summaries:
+    """By searcher: a number at every target and on the mean of the targets, over the seeds.
 
     Args:
-        rows: cells of one model, each with "searcher", "seed" and "measured": target -> top1 of what it picked.
+        rows: cells of one model, each with "searcher", "seed" and "measured": target -> numbers of what it picked.
         targets: that the mean is over.
+        number: one of NUMBERS.
 
     Returns:
         For each searcher and target (and "mean"): mean, standard error (None for one seed), number of seeds, and the
@@ -23,10 +39,10 @@ def summed_up(rows: list[dict[str, Any]], targets: Sequence[float]) -> dict[str,
     names = [f"{target:.2f}" for target in targets]
     by_searcher: dict[str, dict[int, dict[str, float]]] = {}
     for row in rows:
-        tops = {target: measured["top1"] for target, measured in row["measured"].items()}
-        if set(names) <= set(tops):
-            tops["mean"] = statistics.mean(tops[name] for name in names)
-        by_searcher.setdefault(row["searcher"], {})[row["seed"]] = tops
+        values = {target: measured[number] for target, measured in row["measured"].items()}
+        if set(names) <= set(values):
+            values["mean"] = statistics.mean(values[name] for name in names)
+        by_searcher.setdefault(row["searcher"], {})[row["seed"]] = values
     ours = by_searcher.get(OURS, {})
     return {searcher: _summary(seeds, ours) for searcher, seeds in by_searcher.items()}
 
@@ -48,16 +64,23 @@ def _mean(values: list[float]) -> dict[str, Any]:
     return {"mean": statistics.mean(values), "standard_error": error, "seeds": len(values)}
 
 
-def show(models: dict[str, dict[str, Any]]) -> None:
-    """Print a table a model, the best on the mean first."""
-    for model, searchers in models.items():
-        print(model)
-        order = sorted(searchers, key=lambda name: -searchers[name].get("mean", {"mean": 0.0})["mean"])
-        for name in order:
-            cells = [f"{target} {_cell(value)}" for target, value in searchers[name].items()]
-            print(f"  {name:12}", "  ".join(cells))
+def show(models: dict[str, dict[str, Summaries]]) -> None:
+    """Print a table a model and number, the best on the mean first."""
+    for model, numbers in models.items():
+        for number, searchers in numbers.items():
+            print(model, number)
+            sign = 1 if number == "loss" else -1
+            for name in sorted(searchers, key=lambda name: sign * _shown_mean(searchers[name], number)):
+                cells = [f"{target} {_cell(value, number)}" for target, value in searchers[name].items()]
+                print(f"  {name:20}", "  ".join(cells))
 
 
-def _cell(value: dict[str, Any]) -> str:
+def _shown_mean(summary: dict[str, Any], number: str) -> float:
+    """The mean over the targets; the worst where there is none."""
+    return float(summary["mean"]["mean"]) if "mean" in summary else (math.inf if number == "loss" else -math.inf)
+
+
+def _cell(value: dict[str, Any], number: str) -> str:
+    scale, digits = (1, 3) if number == "loss" else (100, 2)
     error = value["standard_error"]
-    return f"{100 * value['mean']:5.2f}" + ("" if error is None else f" +- {100 * error:.2f}")
+    return f"{scale * value['mean']:5.{digits}f}" + ("" if error is None else f" +- {scale * error:.{digits}f}")

@@ -46,7 +46,7 @@ from cacp.pipeline import environment, select_device
 from cacp.profiling import Profile
 from cacp.records import play
 from cacp.reporting import table
-from cacp.reward import log_loss_reward
+from cacp.reward import log_odds_reward
 from cacp.schema import ChannelGroups, Normalisation, Score
 from cacp.scoring import PolicyScorer
 from cacp.slicing import counts_policy
@@ -107,7 +107,7 @@ def measured(
     cost_model = CostModel(groups)
     score = scores(model, groups, images, calibration, profile) if scored else partial(constant_score, cost_model)
     asked = [round(0.3 + 0.4 * index / (targets - 1), 2) for index in range(targets)] if targets > 1 else [0.5]
-    env = ChannelPruningEnv(groups, score, log_loss_reward, asked)
+    env = ChannelPruningEnv(groups, score, log_odds_reward, asked)
     with tempfile.TemporaryDirectory() as folder:
         experiment = Experiment(
             output=folder, targets=asked, episodes=WARM_UP + episodes, warmup_episodes=WARM_UP, device=device
@@ -145,7 +145,7 @@ def scores(
 
 
 def constant_score(cost_model: CostModel, counts: tuple[int, ...]) -> Score:
-    return Score(0.5, 1.0, cost_model.cost(counts))
+    return Score(0.5, 1.0, 0.5, cost_model.cost(counts))
 
 
 def random_images(count: int, seed: int) -> ImageData:

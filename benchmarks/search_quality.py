@@ -17,11 +17,12 @@ Searchers:
 - random: random policies, the best by fresh batch norm (EagleEye); random-between: at targets that cacp is asked for
   after its search, 100 each against its one. cma, nsga2: see `agents.evolution`.
 - sensitivity: FastNAS-like, see `cacp.methods.sensitivity`. uniform, taylor: without episodes.
-- ours without a part: without-planner (a DDPG that plays its own actions), without-actor, without-imagination; by-top1
-  maximises top-1.
+- ours without a part: without-planner (a DDPG that plays its own actions), without-actor, without-imagination;
+  by-top1 and by-loss search with these.
 
-All but `published` and by-top1 minimise the loss on the validation images, and it picks the policy of a target among
-those that meet it. What fine-tuning makes of them: `benchmarks.quality_finetuning`.
+All but `published`, by-top1 and by-loss maximise the mean probability of the true class on the validation images, and
+it picks the policy of a target among those that meet it. What fine-tuning makes of them is in
+`benchmarks.quality_finetuning`.
 """
 
 import itertools
@@ -32,7 +33,7 @@ from typing import Any
 
 from benchmarks.quality_cell import CALIBRATION, POLICIES, TARGETS, VALIDATION, Cell, Found, cell_arguments
 from benchmarks.quality_searchers import SEARCHERS
-from benchmarks.quality_table import show, summed_up
+from benchmarks.quality_table import show, tables
 from benchmarks.summarise import portable
 from cacp.budget import meets_targets
 from cacp.checkpoint import load_json, save_json
@@ -61,7 +62,7 @@ def main() -> None:
             "judged_on": arguments.judge,
             "targets": TARGETS,
             "purse": {"policies_a_target": POLICIES, "validation": VALIDATION, "calibration": CALIBRATION},
-            "models": {model: summed_up([row for row in rows if row["model"] == model], TARGETS) for model in weights},
+            "models": tables(rows, TARGETS),
             "cells": rows,
             "environment": environment(0),
         }

@@ -19,7 +19,7 @@ from cacp.evaluation import device_of, resolve_precision
 from cacp.importance import channel_orders
 from cacp.pipeline import build_workbench, load_splits
 from cacp.profiling import Profile
-from cacp.reward import log_loss_reward
+from cacp.reward import log_odds_reward
 from cacp.schema import ChannelGroups, Normalisation, Score, UserError
 from cacp.scoring import PolicyScorer
 from cacp.slicing import counts_policy
@@ -74,7 +74,7 @@ def draw_policies(subject: Subject, targets: Sequence[float], count: int, seed: 
     """
     cost_model = CostModel(subject.groups)
     env = ChannelPruningEnv(
-        subject.groups, lambda counts: Score(0.0, 0.0, cost_model.cost(counts)), log_loss_reward, targets
+        subject.groups, lambda counts: Score(0.0, 0.0, 0.0, cost_model.cost(counts)), log_odds_reward, targets
     )
     agent = RandomSearch(env, seed=seed)
     drawn: dict[tuple[int, ...], Drawn] = {}

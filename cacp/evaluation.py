@@ -26,10 +26,11 @@ PRECISIONS = ("auto", "fp32", "bf16")
 
 
 class Evaluation(NamedTuple):
-    """top1 in [0, 1] and the mean cross-entropy loss in nats."""
+    """top1 in [0, 1], mean cross-entropy loss in nats, mean probability of the true class in [0, 1]."""
 
     top1: float
     loss: float
+    probability: float
 
 
 def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
@@ -96,14 +97,21 @@ def evaluate_data(
 
 
 def _evaluate_batches(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Evaluation:
-    totals = Totals(device_of(model))
+    sums, count = torch.zeros(3, dtype=torch.float64, device=device_of(model)), 0
     with training_flags_kept(model), torch.inference_mode():
         model.eval()
         for images, labels in batches:
-            logits = model(images).float()  # (B, classes)
-            labels = labels.to(logits.device)
-            totals.add(logits, labels, F.cross_entropy(logits, labels))
-    return Evaluation(totals.top1, totals.loss)
+            logits = model(images)  # (B, classes)
+            sums += answer_sums(logits, labels.to(logits.device))
+            count += len(labels)
+    return Evaluation(*(sums / count).tolist())
+
+
+def answer_sums(logits: Tensor, labels: Tensor) -> Tensor:
+    """(3,) float64 of logits (B, classes): correct answers, nats, probabilities of the true class, summed."""
+    nats = F.cross_entropy(logits.float(), labels, reduction="none").double()  # (B,)
+    correct = logits.argmax(1) == labels
+    return torch.stack([correct.double().sum(), nats.sum(), (-nats).exp().sum()])
 
 
 @torch.no_grad()
@@ -139,28 +147,6 @@ def recalibrate_batchnorm(model: nn.Module, images: Tensor, batch_size: int) -> 
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum
-
-
-class Totals:
-    """Correct answers and summed loss, on the device; reading `top1` or `loss` waits for it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(2, dtype=torch.float64, device=device)  # (2,): correct images, nats
-        self._count = 0
-
-    def add(self, logits: Tensor, labels: Tensor, mean_loss: Tensor) -> None:
-        """Add a batch: logits (B, classes), labels (B,), mean loss ()."""
-        correct = (logits.argmax(1) == labels).sum()
-        self._sums += torch.stack([correct.double(), mean_loss.double() * len(labels)])
-        self._count += len(labels)
-
-    @property
-    def top1(self) -> float:
-        return float(self._sums[0]) / self._count
-
-    @property
-    def loss(self) -> float:
-        return float(self._sums[1]) / self._count
 
 
 def device_of(model: nn.Module) -> torch.device:

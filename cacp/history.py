@@ -25,6 +25,7 @@ class Episode(NamedTuple):
     reward: float
     top1: float
     loss: float
+    probability: float
     macs: int
     params: int
     source: str  # where the agent had it from
@@ -34,7 +35,7 @@ class Episode(NamedTuple):
     @classmethod
     def from_row(cls, row: dict[str, str]) -> Episode:
         whole = {key: int(row[key]) for key in ("episode", "macs", "params")}
-        real = {key: float(row[key]) for key in ("target", "reward", "top1", "loss", "seconds")}
+        real = {key: float(row[key]) for key in ("target", "reward", "top1", "loss", "probability", "seconds")}
         counts = tuple(int(count) for count in row["counts"].split("-"))
         return cls(**whole, **real, source=row["source"], counts=counts)  # type: ignore[arg-type]
 
@@ -44,7 +45,7 @@ class Episode(NamedTuple):
 
     @property
     def score(self) -> Score:
-        return Score(self.top1, self.loss, Cost(self.macs, self.params))
+        return Score(self.top1, self.loss, self.probability, Cost(self.macs, self.params))
 
 
 class History:
@@ -85,7 +86,7 @@ class History:
             os.fsync(file.fileno())  # a checkpoint must not survive a power cut that its episodes do not
 
     def best(self, budget: Budget, most: int) -> list[Episode]:
-        """The best different policies of a budget, by the loss."""
+        """The best different policies of a budget, by the probability of the true class."""
         return sorted(self._candidates[budget.name].values(), key=_quality, reverse=True)[:most]
 
     def nearest(self, target: float) -> Budget:
@@ -114,7 +115,7 @@ class History:
 
 
 def _quality(episode: Episode) -> float:
-    return -episode.loss
+    return episode.probability
 
 
 def _read(path: Path, finished: int) -> list[Episode]:

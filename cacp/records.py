@@ -98,6 +98,7 @@ def finished_episode(end: EpisodeEnd, seconds: float) -> Episode:
         reward=result.reward,
         top1=result.score.top1,
         loss=result.score.loss,
+        probability=result.score.probability,
         macs=result.score.cost.macs,
         params=result.score.cost.params,
         source=end.source,

@@ -107,7 +107,7 @@ def log_episode(
 ) -> None:
     """Record one episode in TensorBoard: score, best score, cost, and the keep ratio of every group, by budget."""
     target = f"target {budget}"
-    for key in ("top1", "loss", "reward", "macs", "params"):
+    for key in ("top1", "loss", "probability", "reward", "macs", "params"):
         logger.record(f"{target}/{key}", getattr(episode, key))
     logger.record(f"{target}/best top1", best)
     logger.record("search/seconds", episode.seconds)
@@ -147,11 +147,10 @@ def save_tradeoff(folder: Path, front: Sequence[Episode], dense: Cost, dense_top
         dense_top1: of the dense model on the validation images.
     """
     rows = [
-        [f"{episode.macs / dense.macs:.6f}", episode.macs, episode.top1, episode.loss, episode.episode]
-        for episode in front
+        [f"{one.macs / dense.macs:.6f}", one.macs, one.top1, one.loss, one.probability, one.episode] for one in front
     ]
     text = io.StringIO()
-    csv.writer(text).writerows([["macs_kept", "macs", "top1", "loss", "episode"], *rows])
+    csv.writer(text).writerows([["macs_kept", "macs", "top1", "loss", "probability", "episode"], *rows])
     write_atomically(folder / "tradeoff.csv", text.getvalue())
     figure = Figure(figsize=(6, 4), layout="constrained")
     FigureCanvasAgg(figure)

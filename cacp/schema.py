@@ -39,19 +39,21 @@ class Cost(NamedTuple):
 
 
 class Score(NamedTuple):
-    """Evaluation of a policy: top1 in [0, 1], mean cross-entropy loss in nats, cost of the sliced model."""
+    """Evaluation of a policy: top1 in [0, 1], mean cross-entropy loss in nats, mean probability of the true class in
+    [0, 1], cost of the sliced model."""
 
     top1: float
     loss: float
+    probability: float
     cost: Cost
 
     def to_json(self) -> dict[str, float]:
         """All but the cost."""
-        return {"top1": self.top1, "loss": self.loss}
+        return {"top1": self.top1, "loss": self.loss, "probability": self.probability}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], cost: Cost) -> Score:
-        return cls(float(data["top1"]), float(data["loss"]), cost)
+        return cls(float(data["top1"]), float(data["loss"]), float(data["probability"]), cost)
 
 
 class Axis(NamedTuple):

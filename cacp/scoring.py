@@ -16,12 +16,19 @@ from functools import partial
 from typing import TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cacp.cost import CostModel
 from cacp.data import ImageData, normalise
-from cacp.evaluation import Evaluation, autocast, check_batching, device_of, evaluate, recalibrate_batchnorm
+from cacp.evaluation import (
+    Evaluation,
+    answer_sums,
+    autocast,
+    check_batching,
+    device_of,
+    evaluate,
+    recalibrate_batchnorm,
+)
 from cacp.fusion import FusedNetwork, Unfusable
 from cacp.profiling import Profile
 from cacp.schema import ChannelGroups, Cost, Normalisation, Policy, Score
@@ -108,16 +115,12 @@ class PolicyScorer:
             network.set_statistics(self._calibration_threads.map(network.moments, self._calibration_batches))
         with self._profile.phase("evaluation"):
             judged = self._evaluation_threads.map(partial(self._judged, network), self._evaluation_batches)
-            correct, nats = (torch.stack(judged).sum(0) / len(self._labels)).tolist()
-        return Score(correct, nats, cost)
+        return Score(*Evaluation(*(torch.stack(judged).sum(0) / len(self._labels)).tolist()), cost)
 
     @torch.inference_mode()
     def _judged(self, network: FusedNetwork, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """Correct answers and summed loss of a batch: (2,) float64."""
         images, labels = batch
-        logits = network(images).float()  # (B, classes)
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        return torch.stack([(logits.argmax(1) == labels).sum().double(), loss.double()])
+        return answer_sums(network(images), labels)
 
     def sliced(self, policy: Policy) -> nn.Module:
         """The pruned model in eval mode, batch norm recalibrated."""
@@ -128,7 +131,7 @@ class PolicyScorer:
         return model.eval()
 
     def evaluate(self, model: nn.Module) -> Evaluation:
-        """Top-1 and loss of any model on the validation images."""
+        """Any model on the validation images."""
         with autocast(self._device, self._precision):
             return evaluate(model, self._images, self._labels, EVALUATION_BATCH)
 

@@ -32,7 +32,6 @@ from cacp.checkpoint import load_state, pack, save_state, unpack
 from cacp.data import ImageData, augment, normalise
 from cacp.evaluation import (
     PRECISIONS,
-    Totals,
     autocast,
     check_batching,
     device_of,
@@ -288,9 +287,31 @@ def _run_epoch(state: FitState, job: _Job, epoch: int) -> EpochRecord:
     )
 
 
-def _train_epoch(state: FitState, job: _Job, epoch: int) -> Totals:
+class _Totals:
+    """Correct answers and summed loss, on the device; reading `top1` or `loss` waits for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums = torch.zeros(2, dtype=torch.float64, device=device)  # (2,): correct images, nats
+        self._count = 0
+
+    def add(self, logits: Tensor, labels: Tensor, mean_loss: Tensor) -> None:
+        """Add a batch: logits (B, classes), labels (B,), mean loss ()."""
+        correct = (logits.argmax(1) == labels).sum()
+        self._sums += torch.stack([correct.double(), mean_loss.double() * len(labels)])
+        self._count += len(labels)
+
+    @property
+    def top1(self) -> float:
+        return float(self._sums[0]) / self._count
+
+    @property
+    def loss(self) -> float:
+        return float(self._sums[1]) / self._count
+
+
+def _train_epoch(state: FitState, job: _Job, epoch: int) -> _Totals:
     """One pass over the training images; all its randomness comes from (seed, epoch)."""
-    model, recipe, totals = state.model, job.recipe, Totals(job.device)
+    model, recipe, totals = state.model, job.recipe, _Totals(job.device)
     generator = torch.Generator().manual_seed(_epoch_seed(job.seed, epoch))
     order = torch.randperm(len(job.train), generator=generator)  # (N,)
     steps = math.ceil(len(order) / recipe.batch_size)

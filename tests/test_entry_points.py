@@ -183,9 +183,9 @@ def test_a_range_of_targets_gives_a_policy_for_every_tenth_and_a_tradeoff_curve(
     assert names == ["macs-0.35", "macs-0.40", "macs-0.50", "macs-0.60"]
     with (folder / "search" / "tradeoff.csv").open(newline="") as file:
         front = list(csv.DictReader(file))
-    kept, losses = ([float(row[column]) for row in front] for column in ("macs_kept", "loss"))
+    kept, probabilities = ([float(row[column]) for row in front] for column in ("macs_kept", "probability"))
     assert kept == sorted(set(kept)) and len(kept) > 1
-    assert losses == sorted(set(losses), reverse=True)
+    assert probabilities == sorted(set(probabilities))
     assert "<svg" in (folder / "search" / "tradeoff.svg").read_text()
     assert "goes on" not in call("search", *arguments)  # done already
 

@@ -32,7 +32,7 @@ def groups() -> ChannelGroups:
 
 
 def score(counts: tuple[int, ...]) -> Score:
-    return Score(sum(counts) / 1000, 1.0, Cost(1, 1))
+    return Score(sum(counts) / 1000, 1.0, 0.5, Cost(1, 1))
 
 
 def make(groups: ChannelGroups, **more: object) -> ChannelPruningEnv:

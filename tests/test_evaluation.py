@@ -53,6 +53,8 @@ def test_evaluate_equals_the_hand_value_at_every_batch_size(batch_size: int) -> 
     result = evaluate(nn.Flatten(), logits, labels, batch_size)
     assert result.top1 == pytest.approx(2 / 3, abs=1e-12)
     assert result.loss == pytest.approx(expected, abs=1e-6)
+    right = [1 / (1 + math.exp(-margin)) for margin in (2, -1, 2)]
+    assert result.probability == pytest.approx(sum(right) / 3, abs=1e-6)
 
 
 def test_evaluate_uses_running_statistics_and_restores_every_flag() -> None:

@@ -45,7 +45,7 @@ def test_searches_are_compared_policy_by_policy(monkeypatch: pytest.MonkeyPatch)
 
     def records(folder: Path) -> list[PolicyRecord]:
         targets = zip((0.3, 0.5), top1[folder.name], strict=True)
-        policy, score = Policy({"a": (0,)}, "l1"), Score(0.0, 0.0, Cost(1, 1))
+        policy, score = Policy({"a": (0,)}, "l1"), Score(0.0, 0.0, 0.0, Cost(1, 1))
         return [
             PolicyRecord(policy, Budget({"macs": target}), score._replace(top1=value), score, "search cacp", 0, "inner")
             for target, value in targets

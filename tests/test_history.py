@@ -17,11 +17,11 @@ def episode(
     number: int,
     macs: int = 500,
     top1: float = 0.5,
-    loss: float = 1.0,
+    probability: float = 0.4,
     counts: tuple = (3, 4),
     target: float = 0.5,
 ) -> Episode:
-    return Episode(number, target, top1, top1, loss, macs, 50, "best", 0.25, counts)
+    return Episode(number, target, top1, top1, 1.0, probability, macs, 50, "best", 0.25, counts)
 
 
 def numbers(history: History, budget: Budget, most: int = 10) -> list[int]:
@@ -49,16 +49,16 @@ def test_a_coarse_policy_is_credited_to_the_target_it_was_asked_for_if_it_meets_
 def test_a_resumed_history_has_every_digit(tmp_path: Path) -> None:
     path = tmp_path / "episodes.csv"
     history = History(path, DENSE, BUDGETS)
-    history.append(episode(1, top1=2 / 3, loss=0.6123456789, counts=(1,)))
+    history.append(episode(1, top1=2 / 3, probability=0.6123456789, counts=(1,)))
     assert History(path, DENSE, BUDGETS, finished=1).episodes == history.episodes
 
 
-def test_best_are_different_policies_by_loss(tmp_path: Path) -> None:
+def test_best_are_different_policies_by_probability(tmp_path: Path) -> None:
     history = History(tmp_path / "episodes.csv", DENSE, BUDGETS)
-    for number, (top1, loss, counts) in enumerate(
-        [(0.8, 1.6, (1,)), (0.7, 1.5, (2,)), (0.7, 1.4, (3,)), (0.7, 1.4, (3,)), (0.6, 1.55, (4,))], start=1
+    for number, (top1, probability, counts) in enumerate(
+        [(0.8, 0.4, (1,)), (0.7, 0.5, (2,)), (0.7, 0.6, (3,)), (0.7, 0.6, (3,)), (0.6, 0.45, (4,))], start=1
     ):
-        history.append(episode(number, top1=top1, loss=loss, counts=counts))
+        history.append(episode(number, top1=top1, probability=probability, counts=counts))
     assert numbers(history, BUDGETS[0]) == [3, 2, 5, 1]
     assert numbers(history, BUDGETS[0], most=2) == [3, 2]
     assert history.leaders["macs-0.50"].episode == 3
@@ -69,7 +69,7 @@ def test_a_later_episode_leads_only_if_it_is_better(tmp_path: Path) -> None:
     history.append(episode(1, top1=0.6, counts=(1,)))
     history.append(episode(2, top1=0.6, counts=(2,)))
     assert history.leaders["macs-0.50"].episode == 1
-    history.append(episode(3, top1=0.6, loss=0.9, counts=(3,)))
+    history.append(episode(3, top1=0.6, probability=0.5, counts=(3,)))
     assert history.leaders["macs-0.50"].episode == 3
 
 
@@ -77,14 +77,14 @@ def test_resume_cuts_the_file_to_the_finished_episodes(tmp_path: Path) -> None:
     path = tmp_path / "episodes.csv"
     history = History(path, DENSE, BUDGETS)
     for number in range(1, 6):
-        history.append(episode(number, top1=number / 10, loss=1 / number, counts=(number, 7)))
+        history.append(episode(number, top1=number / 10, probability=number / 16, counts=(number, 7)))
     resumed = History(path, DENSE, BUDGETS, finished=3)
     assert resumed.episodes == history.episodes[:3]
     assert numbers(resumed, BUDGETS[0]) == [3, 2, 1]
     assert resumed.leaders["macs-0.50"].episode == 3
     lines = path.read_text().splitlines()
-    assert lines[0] == "episode,target,reward,top1,loss,macs,params,source,seconds,counts"
-    assert lines[1:] == [f"{n},0.5,0.{n},0.{n},{1 / n},500,50,best,0.25,{n}-7" for n in (1, 2, 3)]
+    assert lines[0] == "episode,target,reward,top1,loss,probability,macs,params,source,seconds,counts"
+    assert lines[1:] == [f"{n},0.5,0.{n},0.{n},1.0,{n / 16},500,50,best,0.25,{n}-7" for n in (1, 2, 3)]
     resumed.append(episode(4, top1=0.9))
     assert len(path.read_text().splitlines()) == 5
 
@@ -128,11 +128,11 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
 
 def test_the_tradeoff_holds_what_no_cheaper_policy_beats(tmp_path: Path) -> None:
     history = History(tmp_path / "episodes.csv", DENSE, BUDGETS)
-    for number, (macs, loss) in enumerate(
-        [(500, 0.4), (400, 0.5), (450, 0.6), (500, 0.3), (700, 0.3), (600, 0.35), (710, 0.2)], start=1
+    for number, (macs, probability) in enumerate(
+        [(500, 0.6), (400, 0.5), (450, 0.4), (500, 0.7), (700, 0.7), (600, 0.65), (710, 0.8)], start=1
     ):
-        history.append(episode(number, macs, loss=loss, counts=(number,)))
-    assert [(one.macs, one.loss) for one in history.tradeoff()] == [(400, 0.5), (500, 0.3), (710, 0.2)]
+        history.append(episode(number, macs, probability=probability, counts=(number,)))
+    assert [(one.macs, one.probability) for one in history.tradeoff()] == [(400, 0.5), (500, 0.7), (710, 0.8)]
 
 
 def test_the_nearest_budget_of_a_target_from_a_range(tmp_path: Path) -> None:

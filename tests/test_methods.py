@@ -38,12 +38,12 @@ def subject(scope: str = "inner", seed: int = 0, spread: float = 1.0) -> Subject
 
 
 def additive_score(cost_model: CostModel) -> Callable[[Policy], Score]:
-    """Loss: sum of weight * (pruned part)^2; the weights grow from group to group."""
+    """Probability: 1 - sum of weight * (pruned part)^2; the weights grow from group to group."""
     weights = np.linspace(0.01, 0.1, len(cost_model.names))
 
     def score(policy: Policy) -> Score:
         kept = np.array([len(policy.keep[name]) for name in cost_model.names])
-        return Score(0.0, weights @ (1 - kept / cost_model.channels) ** 2, cost_model.cost(kept))
+        return Score(0.0, 0.0, 1 - weights @ (1 - kept / cost_model.channels) ** 2, cost_model.cost(kept))
 
     return score
 

@@ -47,7 +47,7 @@ def rehearsal(groups: ChannelGroups) -> Rehearsal:
 
 def played(groups: ChannelGroups, target: float, actions: np.ndarray) -> tuple[np.ndarray, tuple[int, ...]]:
     """(G + 1, 16) observations and the counts of an episode of the environment."""
-    env = ChannelPruningEnv(groups, lambda counts: Score(0.5, 1.0, Cost(1, 1)), lambda score, target: 0.0)
+    env = ChannelPruningEnv(groups, lambda counts: Score(0.5, 1.0, 0.5, Cost(1, 1)), lambda score, target: 0.0)
     observations = [env.reset(options={"target": target})[0]]
     for action in actions:
         observation, _, terminated, _, info = env.step(np.array([action], np.float32))

@@ -36,8 +36,8 @@ def record() -> PolicyRecord:
     return PolicyRecord(
         policy=Policy({"a": (0, 2), "b": (1,)}, "l1"),
         budget=Budget({"macs": 0.5, "params": 0.6}),
-        score=Score(0.75, 0.9, cost),
-        search_score=Score(0.8, 0.85, cost),
+        score=Score(0.75, 0.9, 0.7, cost),
+        search_score=Score(0.8, 0.85, 0.72, cost),
         method="cacp",
         episode=17,
         scope="all",

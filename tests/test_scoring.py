@@ -77,6 +77,8 @@ def test_a_pruned_policy_scores_what_its_sliced_model_scores(model: nn.Module) -
         stale = sliced(by_hand(VALIDATION))
     assert score.loss == pytest.approx(F.cross_entropy(logits, VALIDATION.labels).item(), rel=1e-4)
     assert score.loss != pytest.approx(F.cross_entropy(stale, VALIDATION.labels).item(), rel=1e-2)
+    right = logits.softmax(1).gather(1, VALIDATION.labels[:, None])
+    assert score.probability == pytest.approx(right.mean().item(), rel=1e-4)
     assert score.cost == counted_cost(sliced, (3, 8, 8))
 
 
@@ -230,7 +232,7 @@ def test_an_unfusable_model_is_scored_in_plain_pytorch() -> None:
     assert not scorer.fused
     score = scorer(policy)
     assert profile.seconds == {"slicing": 1, "recalibration": 1, "evaluation": 1}
-    assert score[:2] == scorer.evaluate(scorer.sliced(policy))
+    assert score[:3] == scorer.evaluate(scorer.sliced(policy))
 
 
 @pytest.mark.parametrize("empty", ["validation", "calibration"])

@@ -29,7 +29,7 @@ def sensitivity(subject: Subject, budget: Budget) -> Policy:
     orders = channel_orders(subject.importance(subject.criterion))
 
     def score(counts: tuple[int, ...]) -> float:
-        return -subject.score(counts_policy(subject.groups, counts, orders, subject.criterion)).loss
+        return subject.score(counts_policy(subject.groups, counts, orders, subject.criterion)).probability
 
     curves = degradation_curves(score, subject.cost_model, subject.evaluations)  # scored once for all budgets
     counts = threshold_counts(curves, subject.cost_model, budget)
