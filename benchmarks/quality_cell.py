@@ -25,8 +25,6 @@ VALIDATION, CALIBRATION, DEVELOPMENT = 1000, 512, 5000  # images
 DEVELOPMENT_SEED = 12345
 NORMALISATION = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # of the weights
 
-JUDGES = ("development", "test")
-
 Counts = tuple[int, ...]
 
 
@@ -103,6 +101,6 @@ def cell_arguments(doc: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--weights", nargs="+", required=True, metavar="MODEL=FILE")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--work", required=True, type=Path, help="folder of a file a cell")
-    parser.add_argument("--judge", choices=JUDGES, help="images that judge what was found")
+    parser.add_argument("--judge", choices=("development", "test"), help="images that judge what was found")
     parser.add_argument("--result", type=Path, help="JSON file for what is measured")
     return parser

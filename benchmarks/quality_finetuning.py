@@ -43,6 +43,8 @@ def main() -> None:
             cell = Cell(model, Path(file), train, seed)
             rows.append(finetuned(path, cell, arguments.targets, recipe, test))
             print(path.stem, *(f"{name} {100 * row['top1']:.2f}" for name, row in rows[-1]["measured"].items()))
+    if not rows:
+        parser.error(f"{arguments.work} holds no such cells; make them with benchmarks.search_quality")
     result = {
         "judged_on": arguments.judge,
         "recipe": {**RECIPE, "epochs": arguments.epochs, "images": len(cell.training)},
@@ -55,7 +57,7 @@ def main() -> None:
 
 
 def finetuned(path: Path, cell: Cell, targets: list[float], recipe: Recipe, test: ImageData | None) -> dict[str, Any]:
-    """Top-1 and loss after fine-tuning of what a cell picked; on the development split without test images."""
+    """The evaluation after fine-tuning of what a cell picked; on the development split without test images."""
     found = load_json(path)
     cell.criterion = found["criterion"]
     measured = {}
