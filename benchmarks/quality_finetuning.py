@@ -35,19 +35,19 @@ def main() -> None:
     weights = dict(pair.split("=", 1) for pair in arguments.weights)
     train = load_dataset(arguments.dataset, "train", arguments.data_dir)
     test = load_dataset(arguments.dataset, "test", arguments.data_dir) if arguments.judge == "test" else None
-    recipe = Recipe(**{**RECIPE, "epochs": arguments.epochs})
+    settings = {**RECIPE, "epochs": arguments.epochs}
     rows = []
     for seed, (model, file), searcher in itertools.product(arguments.seeds, weights.items(), arguments.searchers):
         path = arguments.work / f"{model}_{searcher}_{seed}.json"
         if path.is_file():
             cell = Cell(model, Path(file), train, seed)
-            rows.append(finetuned(path, cell, arguments.targets, recipe, test))
+            rows.append(finetuned(path, cell, arguments.targets, Recipe(**settings), test))
             print(path.stem, *(f"{name} {100 * row['top1']:.2f}" for name, row in rows[-1]["measured"].items()))
     if not rows:
         parser.error(f"{arguments.work} holds no such cells; make them with benchmarks.search_quality")
     result = {
         "judged_on": arguments.judge,
-        "recipe": {**RECIPE, "epochs": arguments.epochs, "images": len(cell.training)},
+        "recipe": {**settings, "images": len(cell.training)},
         "models": tables(rows, arguments.targets),
         "cells": rows,
         "environment": environment(0),

@@ -6,13 +6,15 @@ state dict) into flat tensors and JSON, `unpack` turns it back.
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 import math
 import os
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,6 +48,13 @@ def write_atomically(path: str | Path, data: bytes | str) -> None:
     path = Path(path)
     temporary = _write_temporary(path, data.encode() if isinstance(data, str) else data)
     _move(temporary, path)
+
+
+def save_csv(path: Path, rows: Iterable[Sequence[object]]) -> None:
+    """Write a table atomically, the names of its columns as the first row."""
+    table = io.StringIO()
+    csv.writer(table).writerows(rows)
+    write_atomically(path, table.getvalue())
 
 
 def _write_temporary(path: Path, data: bytes) -> Path:

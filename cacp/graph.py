@@ -25,6 +25,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from cacp.cost import counted_cost
 from cacp.models.resnet import ChannelPadShortcut
 from cacp.schema import Axis, ChannelGroup, ChannelGroups, Cost, Layer, UserError
+from cacp.spaces import ChannelSpaces, Layout
 
 SCOPES = ("inner", "all")
 MIN_KEEP_RATIO = 0.1  # no group falls below a tenth of its channels: AMC and CACP prune at most 90 % of a layer
@@ -96,19 +97,12 @@ def traced(model: nn.Module, example: Tensor) -> fx.GraphModule:
     return graph_module
 
 
-class _Layout(NamedTuple):
-    """Where the channels of a tensor come from: the spaces in channel order, each channel `repeat` entries wide."""
-
-    spaces: tuple[int, ...]
-    repeat: int = 1
-
-
 class _LayerDraft(NamedTuple):
     """A layer whose axes still name spaces; `inputs` is None for a per-channel module."""
 
     kind: str
-    inputs: _Layout | None
-    outputs: _Layout
+    inputs: Layout | None
+    outputs: Layout
     macs_per_pair: int = 0
     params_per_pair: int = 0
     params_per_out: int = 0
@@ -124,56 +118,20 @@ class _Propagation:
     def __init__(self, graph_module: fx.GraphModule, counted: Cost) -> None:
         self.modules = dict(graph_module.named_modules())
         self.counted = counted
-        self.layouts: dict[fx.Node, _Layout] = {}
-        self.parent: list[int] = []  # union-find over spaces
-        self.channels: list[int] = []
-        self.producer: list[str] = []
-        self.fixed: dict[int, str] = {}  # space -> why it stays whole
+        self.layouts: dict[fx.Node, Layout] = {}
+        self.spaces = ChannelSpaces()
         self.drafts: dict[str, _LayerDraft] = {}  # by module name, in forward order
-        self.axes: dict[tuple[str, str], _Layout] = {}  # (module name, role) -> layout
+        self.axes: dict[tuple[str, str], Layout] = {}  # (module name, role) -> layout
         self.unknown: list[str] = []
-
-    # spaces -----------------------------------------------------------------------------------------------------
-
-    def new_space(self, channels: int, producer: str, fixed_reason: str = "") -> _Layout:
-        space = len(self.parent)
-        self.parent.append(space)
-        self.channels.append(channels)
-        self.producer.append(producer)
-        if fixed_reason:
-            self.fixed[space] = fixed_reason
-        return _Layout((space,))
-
-    def root(self, space: int) -> int:
-        while self.parent[space] != space:
-            space = self.parent[space]
-        return space
-
-    def join(self, first: _Layout, second: _Layout) -> bool:
-        """Make two layouts one; False where their channels do not line up."""
-        sizes = [[self.channels[space] for space in layout.spaces] for layout in (first, second)]
-        if sizes[0] != sizes[1] or first.repeat != second.repeat:
-            return False
-        for a, b in zip(first.spaces, second.spaces, strict=True):
-            low, high = sorted((self.root(a), self.root(b)))
-            self.parent[high] = low
-        return True
-
-    def fix(self, layout: _Layout, reason: str) -> None:
-        for space in layout.spaces:
-            self.fixed.setdefault(space, reason)
-
-    def width(self, layout: _Layout) -> int:
-        return layout.repeat * sum(self.channels[space] for space in layout.spaces)
 
     # nodes ------------------------------------------------------------------------------------------------------
 
     def visit(self, node: fx.Node) -> None:
         if node.op == "placeholder":
-            self.layouts[node] = self.new_space(_shape(node)[1], "", "the model's input")
+            self.layouts[node] = self.spaces.new(_shape(node)[1], "", "the model's input")
         elif node.op == "output":
             for source in self._sources(node):
-                self.fix(self.layouts[source], "the model's output")
+                self.spaces.fix(self.layouts[source], "the model's output")
         elif node.op == "call_module":
             self._visit_module(node)
         elif node.op in ("call_function", "call_method"):
@@ -184,7 +142,7 @@ class _Propagation:
 
     def _visit_module(self, node: fx.Node) -> None:
         module, name, sources = self.modules[str(node.target)], str(node.target), self._sources(node)
-        handlers: tuple[tuple[Any, Callable[[fx.Node, str, Any, _Layout], _Layout | None]], ...] = (
+        handlers: tuple[tuple[Any, Callable[[fx.Node, str, Any, Layout], Layout | None]], ...] = (
             (nn.Conv2d, self._conv),
             (nn.modules.batchnorm._BatchNorm, self._batch_norm),
             (nn.Linear, self._linear),
@@ -203,7 +161,7 @@ class _Propagation:
         sources = self._sources(node)
         if not sources:
             if len(_shape(node)) > 1:  # a part of what an unknown operator made
-                self.layouts[node] = self.new_space(_shape(node)[1], "", f"made at node {node.name}")
+                self.layouts[node] = self.spaces.new(_shape(node)[1], "", f"made at node {node.name}")
             return
         if not isinstance(node.meta.get("tensor_meta"), tuple):
             return  # sizes and other plain numbers
@@ -217,7 +175,7 @@ class _Propagation:
         else:
             self.layouts[node] = layout
 
-    def _function(self, node: fx.Node, function: Any, sources: list[fx.Node]) -> _Layout | None:
+    def _function(self, node: fx.Node, function: Any, sources: list[fx.Node]) -> Layout | None:
         first = self.layouts[sources[0]]
         if function in _UNARY_FUNCTIONS:
             return first
@@ -235,7 +193,7 @@ class _Propagation:
             return first if _keeps_channels(node.args[1]) else None
         return None
 
-    def _method(self, node: fx.Node, method: str, sources: list[fx.Node]) -> _Layout | None:
+    def _method(self, node: fx.Node, method: str, sources: list[fx.Node]) -> Layout | None:
         first = self.layouts[sources[0]]
         if method in _UNARY_METHODS:
             return first
@@ -250,14 +208,14 @@ class _Propagation:
     def _unknown(self, node: fx.Node, what: str) -> None:
         self.unknown.append(what)
         for source in self._sources(node):
-            self.fix(self.layouts[source], f"touched by {what}")
+            self.spaces.fix(self.layouts[source], f"touched by {what}")
         shape = _shape(node)
         if len(shape) > 1:
-            self.layouts[node] = self.new_space(shape[1], "", f"made by {what}")
+            self.layouts[node] = self.spaces.new(shape[1], "", f"made by {what}")
 
     # modules ----------------------------------------------------------------------------------------------------
 
-    def _layer(self, name: str, draft: _LayerDraft) -> _Layout:
+    def _layer(self, name: str, draft: _LayerDraft) -> Layout:
         """Register a layer; one that is called again (shared weights) joins its own spaces."""
         known = self.drafts.get(name)
         if known is None:
@@ -266,12 +224,12 @@ class _Propagation:
         pairs = [(known.outputs, draft.outputs)]
         if known.inputs is not None and draft.inputs is not None:
             pairs.append((known.inputs, draft.inputs))
-        if not all(self.join(first, second) for first, second in pairs):
+        if not all(self.spaces.join(first, second) for first, second in pairs):
             raise UserError(f"layer {name} is called with inputs of different channel layouts; use two layers")
         self.drafts[name] = known._replace(macs_per_pair=known.macs_per_pair + draft.macs_per_pair)
         return known.outputs
 
-    def _conv(self, node: fx.Node, name: str, module: nn.Conv2d, layout: _Layout) -> _Layout:
+    def _conv(self, node: fx.Node, name: str, module: nn.Conv2d, layout: Layout) -> Layout:
         height, width = _shape(node)[-2:]
         area = math.prod(module.kernel_size)
         bias = int(module.bias is not None)
@@ -286,37 +244,37 @@ class _Propagation:
         else:
             reason = f"grouped convolution {name}"
             outputs = self._outputs(name, module.out_channels, reason)
-            self.fix(layout, reason)
+            self.spaces.fix(layout, reason)
             per_out = area * module.in_channels // module.groups
             draft = _LayerDraft("grouped", None, outputs, height * width * per_out, 0, per_out + bias, **facts)
         return self._layer(name, draft)
 
-    def _outputs(self, name: str, channels: int, fixed_reason: str = "") -> _Layout:
+    def _outputs(self, name: str, channels: int, fixed_reason: str = "") -> Layout:
         known = self.drafts.get(name)
-        return known.outputs if known else self.new_space(channels, name, fixed_reason)
+        return known.outputs if known else self.spaces.new(channels, name, fixed_reason)
 
-    def _batch_norm(self, node: fx.Node, name: str, module: nn.BatchNorm2d, layout: _Layout) -> _Layout:
+    def _batch_norm(self, node: fx.Node, name: str, module: nn.BatchNorm2d, layout: Layout) -> Layout:
         self.axes[name, "features"] = layout
         return self._layer(name, _LayerDraft("batchnorm", None, layout, params_per_out=2 if module.affine else 0))
 
-    def _linear(self, node: fx.Node, name: str, module: nn.Linear, layout: _Layout) -> _Layout | None:
+    def _linear(self, node: fx.Node, name: str, module: nn.Linear, layout: Layout) -> Layout | None:
         if len(_shape(node)) != 2:
             return None  # channels are not the last axis
         outputs = self._outputs(name, module.out_features)
         self.axes[name, "in"], self.axes[name, "out"] = layout, outputs
         return self._layer(name, _LayerDraft("linear", layout, outputs, 1, 1, int(module.bias is not None)))
 
-    def _shortcut(self, node: fx.Node, name: str, module: ChannelPadShortcut, layout: _Layout) -> _Layout:
-        outputs = self.new_space(_shape(node)[1], name)
+    def _shortcut(self, node: fx.Node, name: str, module: ChannelPadShortcut, layout: Layout) -> Layout:
+        outputs = self.spaces.new(_shape(node)[1], name)
         self.axes[name, "in"], self.axes[name, "out"] = layout, outputs
         return outputs
 
-    def _flatten_module(self, node: fx.Node, name: str, module: nn.Flatten, layout: _Layout) -> _Layout | None:
+    def _flatten_module(self, node: fx.Node, name: str, module: nn.Flatten, layout: Layout) -> Layout | None:
         return self._repeated(node, layout) if (module.start_dim, module.end_dim) == (1, -1) else None
 
     # functions --------------------------------------------------------------------------------------------------
 
-    def _elementwise(self, node: fx.Node) -> _Layout | None:
+    def _elementwise(self, node: fx.Node) -> Layout | None:
         tensors = [operand for operand in node.all_input_nodes if isinstance(operand.meta.get("tensor_meta"), tuple)]
         if any(operand not in self.layouts for operand in tensors):
             return None  # a parameter or buffer of the model's own
@@ -324,9 +282,9 @@ class _Propagation:
             return None  # broadcasting from the right: channels meet pixels
         wide = [operand for operand in tensors if _shape(operand)[1] == _shape(node)[1]]
         layout = self.layouts[wide[0]]
-        return layout if all(self.join(layout, self.layouts[other]) for other in wide[1:]) else None
+        return layout if all(self.spaces.join(layout, self.layouts[other]) for other in wide[1:]) else None
 
-    def _cat(self, node: fx.Node) -> _Layout | None:
+    def _cat(self, node: fx.Node) -> Layout | None:
         tensors: Any = node.args[0] if node.args else node.kwargs["tensors"]
         dimension = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
         layouts = [self.layouts[tensor] for tensor in tensors if tensor in self.layouts]
@@ -334,9 +292,9 @@ class _Propagation:
         same_repeat = len({layout.repeat for layout in layouts}) == 1
         if len(layouts) != len(tensors) or not same_repeat or dimension not in (1, 1 - rank):
             return None
-        return _Layout(tuple(space for layout in layouts for space in layout.spaces), layouts[0].repeat)
+        return Layout(tuple(space for layout in layouts for space in layout.spaces), layouts[0].repeat)
 
-    def _flattened(self, node: fx.Node, layout: _Layout) -> _Layout | None:
+    def _flattened(self, node: fx.Node, layout: Layout) -> Layout | None:
         sizes: Any = node.args[1:]
         if node.target in (torch.flatten, "flatten"):
             start = sizes[0] if sizes else node.kwargs.get("start_dim", 0)
@@ -344,12 +302,12 @@ class _Propagation:
         # view and reshape: (batch, -1) follows the channels, a number in the second place would not
         return self._repeated(node, layout) if len(sizes) == 2 and sizes[1] == -1 else None
 
-    def _repeated(self, node: fx.Node, layout: _Layout) -> _Layout | None:
+    def _repeated(self, node: fx.Node, layout: Layout) -> Layout | None:
         entries = _shape(node)[1]
-        factor, rest = divmod(entries, self.width(layout))
+        factor, rest = divmod(entries, self.spaces.width(layout))
         return layout._replace(repeat=layout.repeat * factor) if rest == 0 and len(_shape(node)) == 2 else None
 
-    def _pixel_mean(self, node: fx.Node, layout: _Layout) -> _Layout | None:
+    def _pixel_mean(self, node: fx.Node, layout: Layout) -> Layout | None:
         dimensions: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
         rank = len(_shape(node.all_input_nodes[0]))
         if dimensions is None:
@@ -360,20 +318,21 @@ class _Propagation:
     # result -----------------------------------------------------------------------------------------------------
 
     def groups(self, scope: str) -> ChannelGroups:
-        members: dict[int, list[int]] = {}
-        for space in range(len(self.parent)):
-            members.setdefault(self.root(space), []).append(space)
+        members = self.spaces.joined()
         names = {root: self._group_name(spaces) for root, spaces in members.items()}
         consumers: dict[int, list[str]] = {root: [] for root in members}
         for (module, role), layout in self.axes.items():
             for space in layout.spaces if role == "in" else ():
-                consumers[self.root(space)].append(module)
+                consumers[self.spaces.root(space)].append(module)
         groups = tuple(
             self._group(names[root], spaces, tuple(consumers[root]), scope) for root, spaces in members.items()
         )
         drafts = tuple(self.drafts.values())
         layers = tuple(self._finished(module, draft, names) for module, draft in self.drafts.items())
-        sizes = [((self.width(draft.inputs) if draft.inputs else 1), self.width(draft.outputs)) for draft in drafts]
+        sizes = [
+            ((self.spaces.width(draft.inputs) if draft.inputs else 1), self.spaces.width(draft.outputs))
+            for draft in drafts
+        ]
         macs = sum(draft.macs_per_pair * n_in * n_out for draft, (n_in, n_out) in zip(drafts, sizes, strict=True))
         params = sum(
             (draft.params_per_pair * n_in + draft.params_per_out) * n_out
@@ -389,28 +348,30 @@ class _Propagation:
         )
 
     def _group_name(self, spaces: list[int]) -> str:
-        return next((self.producer[space] for space in spaces if self.producer[space]), f"tensor{spaces[0]}")
+        return next(
+            (self.spaces.producer[space] for space in spaces if self.spaces.producer[space]), f"tensor{spaces[0]}"
+        )
 
     def _group(self, name: str, spaces: list[int], consumers: tuple[str, ...], scope: str) -> ChannelGroup:
-        channels = self.channels[spaces[0]]
-        reason = next((self.fixed[space] for space in spaces if space in self.fixed), "")
+        channels = self.spaces.channels[spaces[0]]
+        reason = next((self.spaces.fixed[space] for space in spaces if space in self.spaces.fixed), "")
         if not reason and channels == 1:
             reason = "a single channel"
-        if not reason and not any(self.producer[space] in self.drafts for space in spaces):
+        if not reason and not any(self.spaces.producer[space] in self.drafts for space in spaces):
             reason = "no layer produces it"
         if not reason and scope == "inner" and len(spaces) > 1:
             reason = "residual stream, outside scope inner"
         return ChannelGroup(
             name=name,
             channels=channels,
-            producers=tuple(self.producer[space] for space in spaces if self.producer[space]),
+            producers=tuple(self.spaces.producer[space] for space in spaces if self.spaces.producer[space]),
             consumers=consumers,
             min_keep=max(1, math.ceil(MIN_KEEP_RATIO * channels - 1e-9)),
             fixed_reason=reason,
         )
 
-    def _axis(self, module: str, role: str, layout: _Layout, names: dict[int, str]) -> Axis:
-        return Axis(module, role, tuple(names[self.root(space)] for space in layout.spaces), layout.repeat)
+    def _axis(self, module: str, role: str, layout: Layout, names: dict[int, str]) -> Axis:
+        return Axis(module, role, tuple(names[self.spaces.root(space)] for space in layout.spaces), layout.repeat)
 
     def _finished(self, module: str, draft: _LayerDraft, names: dict[int, str]) -> Layer:
         inputs = self._axis(module, "in", draft.inputs, names) if draft.inputs else None

@@ -6,14 +6,13 @@ The file is the truth: a resumed search reads it back, up to the episode of its 
 from __future__ import annotations
 
 import csv
-import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from cacp.budget import in_window, meets_targets
-from cacp.checkpoint import write_atomically
+from cacp.checkpoint import save_csv
 from cacp.schema import Budget, Cost, Score, UserError
 
 
@@ -73,9 +72,7 @@ class History:
         self.episodes: list[Episode] = []
         for episode in _read(path, finished) if finished else []:
             self._take(episode)
-        table = io.StringIO()
-        csv.writer(table).writerows([Episode._fields, *(episode.row() for episode in self.episodes)])
-        write_atomically(path, table.getvalue())
+        save_csv(path, [Episode._fields, *(episode.row() for episode in self.episodes)])
 
     def append(self, episode: Episode) -> None:
         """Take a new episode, and write its row."""

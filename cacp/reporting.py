@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import sys
 import time
@@ -19,7 +18,7 @@ from stable_baselines3.common.logger import Figure as LoggedFigure
 from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
 from torch.utils.tensorboard import SummaryWriter
 
-from cacp.checkpoint import write_atomically
+from cacp.checkpoint import save_csv, write_atomically
 from cacp.history import Episode
 from cacp.policies import load_policies
 from cacp.profiling import Profile
@@ -78,9 +77,7 @@ def track_training(records: Iterator[EpochRecord], epochs: int, folder: Path, ti
             for name, value in record._asdict().items():
                 if value is not None and name != "epoch":
                     writer.add_scalar(f"training/{name}", value, record.epoch)
-            table = io.StringIO()
-            csv.writer(table).writerows([EpochRecord._fields, *seen])
-            write_atomically(folder / "epochs.csv", table.getvalue())
+            save_csv(folder / "epochs.csv", [EpochRecord._fields, *seen])
             progress.advance(f"loss {record.train_loss:.3f}{_validation(record)}", record.seconds)
     return seen
 
@@ -149,9 +146,7 @@ def save_tradeoff(folder: Path, front: Sequence[Episode], dense: Cost, dense_top
     rows = [
         [f"{one.macs / dense.macs:.6f}", one.macs, one.top1, one.loss, one.probability, one.episode] for one in front
     ]
-    text = io.StringIO()
-    csv.writer(text).writerows([["macs_kept", "macs", "top1", "loss", "probability", "episode"], *rows])
-    write_atomically(folder / "tradeoff.csv", text.getvalue())
+    save_csv(folder / "tradeoff.csv", [["macs_kept", "macs", "top1", "loss", "probability", "episode"], *rows])
     figure = Figure(figsize=(6, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
