@@ -1,13 +1,14 @@
 """A cell of `benchmarks.search_quality`: a network, its images, and a purse that every score is paid from."""
 
 import argparse
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from cacp.cost import CostModel
-from cacp.data import ImageData, make_splits, stratified_order
+from cacp.data import ImageData, load_dataset, make_splits, stratified_order
 from cacp.evaluation import device_of, resolve_precision
 from cacp.graph import trace
 from cacp.importance import channel_importance, channel_orders
@@ -43,20 +44,24 @@ class Cell:
         self.development, rest = development_split(train)
         splits = make_splits(rest, None, VALIDATION, CALIBRATION, seed)
         self.training, self.calibration = splits.train, splits.calibration  # the development split is in neither
+        self._validation = splits.validation
         device = torch.device("cpu" if not torch.cuda.is_available() else "cuda")
         self.model = build_model(model, len(train.classes), seed=0)
         load_weights(self.model, weights)
         self.model.eval().to(device, memory_format=torch.channels_last)
         self.groups: ChannelGroups = trace(self.model, torch.zeros(1, *train.image_shape, device=device), "inner")
         self.cost_model = CostModel(self.groups)
-        precision = resolve_precision("auto", device)
-        self.scorer_of_policies = self.scorer(splits.validation, precision)
         self._orders: dict[str, dict[str, torch.Tensor]] = {}
         self.seed = seed
         self.scored = 0
         self.purse = POLICIES * len(TARGETS)
         self.criterion = "l1"
         self.forgiven = 0.0  # of the dense MACs, above a target
+
+    @cached_property
+    def scorer_of_policies(self) -> PolicyScorer:
+        """On the validation images, as a search scores."""
+        return self.scorer(self._validation, resolve_precision("auto", device_of(self.model)))
 
     def scorer(self, images: ImageData, precision: torch.dtype = torch.float32) -> PolicyScorer:
         return PolicyScorer(self.model, self.groups, images, self.calibration, NORMALISATION, precision)
@@ -91,6 +96,22 @@ def development_split(train: ImageData) -> tuple[ImageData, ImageData]:
     """5,000 training images, the same for all cells, and the rest."""
     order = stratified_order(train.labels, torch.Generator().manual_seed(DEVELOPMENT_SEED))
     return train.subset(order[:DEVELOPMENT]), train.subset(order[DEVELOPMENT:])
+
+
+class Inputs(NamedTuple):
+    """What the command line names: weights by model, and images; test images only where these judge."""
+
+    weights: dict[str, Path]
+    train: ImageData
+    test: ImageData | None
+
+
+def load_inputs(arguments: argparse.Namespace) -> Inputs:
+    """The inputs of `cell_arguments`."""
+    weights = {model: Path(file) for model, file in (pair.split("=", 1) for pair in arguments.weights)}
+    train = load_dataset(arguments.dataset, "train", arguments.data_dir)
+    judging = arguments.judge == "test"
+    return Inputs(weights, train, load_dataset(arguments.dataset, "test", arguments.data_dir) if judging else None)
 
 
 def cell_arguments(doc: str | None) -> argparse.ArgumentParser:

@@ -12,15 +12,14 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality_cell import NORMALISATION, Cell, cell_arguments
+from benchmarks.quality_cell import NORMALISATION, Cell, cell_arguments, load_inputs
 from benchmarks.quality_searchers import SEARCHERS
-from benchmarks.quality_table import show, tables
+from benchmarks.quality_table import conclude
 from benchmarks.score_quality import RECIPE
-from benchmarks.summarise import portable
-from cacp.checkpoint import load_json, save_json
-from cacp.data import ImageData, load_dataset
+from cacp.checkpoint import load_json
+from cacp.data import ImageData
 from cacp.evaluation import evaluate_data
-from cacp.pipeline import environment, run_command
+from cacp.pipeline import run_command
 from cacp.training import Recipe, fit
 
 
@@ -32,28 +31,20 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.judge is None or arguments.result is None:
         parser.error("--judge and --result are required")
-    weights = dict(pair.split("=", 1) for pair in arguments.weights)
-    train = load_dataset(arguments.dataset, "train", arguments.data_dir)
-    test = load_dataset(arguments.dataset, "test", arguments.data_dir) if arguments.judge == "test" else None
+    inputs = load_inputs(arguments)
     settings = {**RECIPE, "epochs": arguments.epochs}
     rows = []
-    for seed, (model, file), searcher in itertools.product(arguments.seeds, weights.items(), arguments.searchers):
+    for seed, (model, file), searcher in itertools.product(
+        arguments.seeds, inputs.weights.items(), arguments.searchers
+    ):
         path = arguments.work / f"{model}_{searcher}_{seed}.json"
         if path.is_file():
-            cell = Cell(model, Path(file), train, seed)
-            rows.append(finetuned(path, cell, arguments.targets, Recipe(**settings), test))
+            cell = Cell(model, file, inputs.train, seed)
+            rows.append(finetuned(path, cell, arguments.targets, Recipe(**settings), inputs.test))
             print(path.stem, *(f"{name} {100 * row['top1']:.2f}" for name, row in rows[-1]["measured"].items()))
     if not rows:
         parser.error(f"{arguments.work} holds no such cells; make them with benchmarks.search_quality")
-    result = {
-        "judged_on": arguments.judge,
-        "recipe": {**settings, "images": len(cell.training)},
-        "models": tables(rows, arguments.targets),
-        "cells": rows,
-        "environment": environment(0),
-    }
-    save_json(arguments.result, portable(result))
-    show(result["models"])
+    conclude(arguments, rows, arguments.targets, {"recipe": {**settings, "images": len(cell.training)}})
 
 
 def finetuned(path: Path, cell: Cell, targets: list[float], recipe: Recipe, test: ImageData | None) -> dict[str, Any]:

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from benchmarks.summarise import portable
+from cacp.checkpoint import save_json
+from cacp.pipeline import environment
+
 OURS = "cacp"
 NUMBERS = ("top1", "loss", "probability")
 
 Summaries = dict[str, Any]  # by searcher and target
+
+
+def conclude(
+    arguments: argparse.Namespace, rows: list[dict[str, Any]], targets: Sequence[float], settings: dict[str, Any]
+) -> None:
+    """Write what was measured, with the settings that it was measured with, and print the tables."""
+    models = tables(rows, targets)
+    result = {"judged_on": arguments.judge, "targets": targets, **settings, "models": models, "cells": rows}
+    save_json(arguments.result, portable({**result, "environment": environment(0)}))
+    show(models)
 
 
 def tables(rows: list[dict[str, Any]], targets: Sequence[float]) -> dict[str, dict[str, Summaries]]:

@@ -29,7 +29,7 @@ from benchmarks.summarise import portable
 from cacp.checkpoint import load_json, save_json
 from cacp.config import Experiment
 from cacp.data import ImageData, Splits
-from cacp.evaluation import autocast, device_of, evaluate_data, recalibrate_batchnorm, resolve_precision
+from cacp.evaluation import answer_sums, autocast, device_of, evaluate_data, recalibrate_batchnorm, resolve_precision
 from cacp.history import Episode
 from cacp.importance import channel_orders
 from cacp.pipeline import Workbench, build_workbench, environment, load_splits, run_command
@@ -150,14 +150,14 @@ class Measurement:
 
 def numbers(logits: Tensor, labels: Tensor, dense: Tensor) -> dict[str, float]:
     """Candidate scores of outputs (V, classes), the higher the better; `dense` are the dense network's."""
-    answers, logs, dense_logs = logits.argmax(1), logits.log_softmax(1), dense.log_softmax(1)
-    true = logs.gather(1, labels[:, None])
+    top1, nats, probability = (answer_sums(logits, labels) / len(labels)).tolist()
+    divergence = F.kl_div(logits.log_softmax(1), dense.log_softmax(1), reduction="batchmean", log_target=True)
     return {
-        "top1": float((answers == labels).float().mean()),
-        "loss": float(true.mean()),
-        "probability": float(true.exp().mean()),
-        "agreement": float((answers == dense.argmax(1)).float().mean()),
-        "divergence": -float(F.kl_div(logs, dense_logs, reduction="batchmean", log_target=True)),
+        "top1": top1,
+        "loss": -nats,
+        "probability": probability,
+        "agreement": float((logits.argmax(1) == dense.argmax(1)).float().mean()),
+        "divergence": -float(divergence),
     }
 
 

@@ -31,13 +31,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality_cell import CALIBRATION, POLICIES, TARGETS, VALIDATION, Cell, Found, cell_arguments
+from benchmarks.quality_cell import (
+    CALIBRATION,
+    POLICIES,
+    TARGETS,
+    VALIDATION,
+    Cell,
+    Found,
+    Inputs,
+    cell_arguments,
+    load_inputs,
+)
 from benchmarks.quality_searchers import SEARCHERS
-from benchmarks.quality_table import show, tables
+from benchmarks.quality_table import conclude
 from benchmarks.summarise import portable
 from cacp.budget import meets_targets
 from cacp.checkpoint import load_json, save_json
-from cacp.data import ImageData, load_dataset
 from cacp.pipeline import environment, run_command
 from cacp.schema import Budget
 
@@ -48,26 +57,19 @@ def main() -> None:
     arguments = parser.parse_args()
     if (arguments.judge is None) != (arguments.result is None):
         parser.error("--judge and --result go together")
-    weights = dict(pair.split("=", 1) for pair in arguments.weights)
-    train = load_dataset(arguments.dataset, "train", arguments.data_dir)
-    for seed, (model, file), searcher in itertools.product(arguments.seeds, weights.items(), arguments.searchers):
+    inputs = load_inputs(arguments)
+    for seed, (model, file), searcher in itertools.product(
+        arguments.seeds, inputs.weights.items(), arguments.searchers
+    ):
         path = arguments.work / f"{model}_{searcher}_{seed}.json"
         if not path.is_file():
-            save_json(path, portable(searched(searcher, model, Cell(model, Path(file), train, seed))))
+            save_json(path, portable(searched(searcher, model, Cell(model, file, inputs.train, seed))))
             print(path.stem, f"{load_json(path)['seconds']:.0f} s", flush=True)
     if arguments.judge:
-        test = load_dataset(arguments.dataset, "test", arguments.data_dir) if arguments.judge == "test" else None
-        rows = [measured(path, weights, train, test) for path in sorted(arguments.work.glob("*_*_?.json"))]
-        result = {
-            "judged_on": arguments.judge,
-            "targets": TARGETS,
-            "purse": {"policies_a_target": POLICIES, "validation": VALIDATION, "calibration": CALIBRATION},
-            "models": tables(rows, TARGETS),
-            "cells": rows,
-            "environment": environment(0),
-        }
-        save_json(arguments.result, portable(result))
-        show(result["models"])
+        cells = [path for model in inputs.weights for path in sorted(arguments.work.glob(f"{model}_*_?.json"))]
+        rows = [measured(path, inputs) for path in cells]
+        purse = {"policies_a_target": POLICIES, "validation": VALIDATION, "calibration": CALIBRATION}
+        conclude(arguments, rows, TARGETS, {"purse": purse})
 
 
 def searched(searcher: str, model: str, cell: Cell) -> dict[str, Any]:
@@ -88,14 +90,14 @@ def searched(searcher: str, model: str, cell: Cell) -> dict[str, Any]:
     }
 
 
-def measured(path: Path, weights: dict[str, str], train: ImageData, test: ImageData | None) -> dict[str, Any]:
+def measured(path: Path, inputs: Inputs) -> dict[str, Any]:
     """A cell, with the scores in fp32 of what it picked: on the test images, or else on the development split."""
     found = load_json(path)
-    file = path.parent / ("development" if test is None else "test") / path.name
+    file = path.parent / ("development" if inputs.test is None else "test") / path.name
     if not file.is_file():
-        cell = Cell(found["model"], Path(weights[found["model"]]), train, found["seed"])
+        cell = Cell(found["model"], inputs.weights[found["model"]], inputs.train, found["seed"])
         cell.criterion = found["criterion"]
-        scorer = cell.scorer(cell.development if test is None else test)
+        scorer = cell.scorer(cell.development if inputs.test is None else inputs.test)
         policies = {target: picked["counts"] for target, picked in found["picked"].items() if picked}
         scores = {target: scorer(cell.policy(tuple(counts))) for target, counts in policies.items()}
         dense = cell.cost_model.dense.macs
