@@ -18,7 +18,6 @@ from cacp.config import experiment_from, parse
 from cacp.cost import counted_cost
 from cacp.evaluation import device_of
 from cacp.exporting import Architecture, load_pruned, measure_latency, save_pruned
-from cacp.history import target_budgets
 from cacp.pipeline import Workbench, build_workbench, check_run, environment, run_command, select_device
 from cacp.policies import load_policies
 from cacp.reporting import console, millions, percent, table
@@ -34,7 +33,7 @@ def main() -> None:
     check_run(experiment)
     records = load_policies(experiment.folder)
     folders = {record.budget.name: experiment.folder / "export" / record.budget.name for record in records}
-    missing = [budget.name for budget in target_budgets(experiment.policy_targets) if budget.name not in folders]
+    missing = [budget.name for budget in experiment.budgets if budget.name not in folders]
     if missing:
         raise UserError(
             f"no policy yet for {', '.join(missing)}; run search.py (or prune.py) on this folder again first"

@@ -14,10 +14,11 @@ from typing import Any
 from torch import nn
 
 from cacp.checkpoint import load_json, save_json, sha256
-from cacp.config import Experiment, experiment_from, parse
+from cacp.config import experiment_from, parse
 from cacp.data import Splits, load_dataset
 from cacp.dense import DenseModel, load_dense
 from cacp.evaluation import device_of, evaluate_data
+from cacp.experiment import Experiment
 from cacp.exporting import WEIGHTS, load_architecture, load_pruned, save_pruned
 from cacp.pipeline import check_run, environment, load_splits, run_command, select_device, training_recipe
 from cacp.policies import load_policies

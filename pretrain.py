@@ -11,9 +11,10 @@ import sys
 import torch
 
 from cacp.checkpoint import load_json
-from cacp.config import Experiment, experiment_from, parse
+from cacp.config import experiment_from, parse
 from cacp.data import Splits, channel_statistics
 from cacp.dense import import_weights, save_dense
+from cacp.experiment import Experiment
 from cacp.models import build_model
 from cacp.pipeline import check_targets, load_inputs, open_run, run_command, select_device, training_recipe
 from cacp.reporting import console, percent, track_training

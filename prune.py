@@ -9,7 +9,6 @@ import sys
 
 from cacp.budget import check_reachable
 from cacp.config import experiment_from, parse
-from cacp.history import target_budgets
 from cacp.methods import METHODS, Subject
 from cacp.pipeline import build_workbench, open_run, run_command, select_device
 from cacp.policies import missing_policies, save_policy
@@ -21,7 +20,7 @@ def main() -> None:
     experiment = experiment_from(parse("prune", "Prune by a method without episodes.", sys.argv[1:]))
     select_device(experiment.device)
     open_run(experiment)
-    budgets = target_budgets(experiment.policy_targets)
+    budgets = experiment.budgets
     names = [budget.name for budget in budgets]
     if missing_policies(experiment.folder, names, experiment.method):
         bench = build_workbench(experiment)

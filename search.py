@@ -14,9 +14,10 @@ from typing import NamedTuple
 from agents import ConditionalDDPG, Searcher, make_agent
 from cacp.budget import BudgetWalk, check_reachable, reachable_fractions, uniform_counts
 from cacp.checkpoint import load_state, load_tensors, save_json, save_tensors
-from cacp.config import Experiment, experiment_from, parse
+from cacp.config import experiment_from, parse
 from cacp.evaluation import synchroniser
-from cacp.history import History, target_budgets
+from cacp.experiment import Experiment
+from cacp.history import History
 from cacp.pipeline import (
     Ranked,
     Workbench,
@@ -66,7 +67,7 @@ def main() -> None:
 def run(experiment: Experiment, profile: Profile) -> None:
     """The whole command, but what is done already."""
     open_run(experiment)
-    budgets = target_budgets(experiment.policy_targets)
+    budgets = experiment.budgets
     names = [budget.name for budget in budgets]
     if missing_policies(experiment.folder, names, method_name(experiment)):
         with profile.phase("preparation"):
@@ -80,9 +81,9 @@ def search(experiment: Experiment, ranked: Ranked, budgets: list[Budget], profil
     bench, folder = ranked.bench, experiment.folder / "search"
     console.print(f"dense {experiment.model}: {percent(bench.dense.validation_top1)} % top-1 on the validation images")
     show_reachable(bench, budgets)
-    targets = TargetRange(*experiment.target_range) if experiment.target_range else experiment.policy_targets
-    env = ChannelPruningEnv(bench.groups, ranked.score, log_odds_reward, targets)
-    agent = make_agent(experiment.agent, env, experiment.policy_targets, experiment.seed, experiment.warmup_episodes)
+    env = ChannelPruningEnv(bench.groups, ranked.score, log_odds_reward, env_targets(experiment))
+    targets = [budget.mean_target for budget in budgets]
+    agent = make_agent(experiment.agent, env, targets, experiment.seed, experiment.warmup_episodes)
     finished = 0
     saved = load_state(folder / "checkpoint")
     if saved:
@@ -100,6 +101,13 @@ def search(experiment: Experiment, ranked: Ranked, budgets: list[Budget], profil
         for budget in budgets:
             candidates = candidates_of(experiment, history, budget, env, agent)
             save_policy(experiment.folder, best_record(experiment, ranked, budget, candidates))
+
+
+def env_targets(experiment: Experiment) -> list[float] | TargetRange | Budget:
+    """What the episodes of a search are played for."""
+    if experiment.target_range:
+        return TargetRange(*experiment.target_range)
+    return [budget.mean_target for budget in experiment.budgets] if experiment.targets else experiment.budgets[0]
 
 
 def method_name(experiment: Experiment) -> str:
@@ -124,11 +132,11 @@ def candidates_of(
     """
     found = [Candidate(row.counts, row.score, row.episode) for row in history.best(budget, RESCORED)]
     if experiment.target_range and isinstance(agent, ConditionalDDPG):
-        found.append(planned(env, agent, budget.targets["macs"]))
+        found.append(planned(env, agent, budget.mean_target))
     if not found:
         raise UserError(
             f"no episode met {budget.name}; {experiment.episodes} episodes are too few for "
-            f"{len(experiment.policy_targets)} targets, use --episodes"
+            f"{len(experiment.budgets)} targets, use --episodes"
         )
     return found
 
@@ -170,6 +178,10 @@ def ask(experiment: Experiment, target: float, profile: Profile) -> None:
         raise UserError(
             f"{experiment.folder} was searched by {experiment.agent}, which cannot be asked; use a run of --agent cacp"
         )
+    if not experiment.targets:
+        raise UserError(
+            f"{experiment.folder} was searched for {experiment.budgets[0].name} alone; search --targets to ask"
+        )
     check_run(experiment)
     budget = Budget({"macs": target})
     networks = experiment.folder / "search" / "agent" / "networks.safetensors"
@@ -193,20 +205,23 @@ def show_reachable(bench: Workbench, budgets: list[Budget]) -> None:
     for name in bench.groups.unknown:
         console.print(f"not known to trace, kept whole: {name}")
     dense, least = bench.cost_model.dense, reachable_fractions(bench.cost_model)
+    costs = list(budgets[0].targets)  # the same for all
     rows = [
         [
             budget.name,
-            millions(int(budget.targets["macs"] * dense.macs)),
+            *(millions(int(target * getattr(dense, cost))) for cost, target in budget.targets.items()),
             f"{BudgetWalk(bench.cost_model, budget).even_ratio():.3f}",
-            millions(bench.cost_model.cost(uniform_counts(bench.cost_model, budget)).macs),
+            *(millions(getattr(uniform, cost)) for cost in costs),
         ]
         for budget in budgets
+        for uniform in [bench.cost_model.cost(uniform_counts(bench.cost_model, budget))]
     ]
     title = (
         f"{len(bench.groups.prunable)} prunable groups; dense {millions(dense.macs)} MACs, {millions(dense.params)} "
-        f"parameters; reachable: macs {least['macs']:.3f} to 1"
+        f"parameters; reachable: {', '.join(f'{cost} {least[cost]:.3f} to 1' for cost in costs)}"
     )
-    console.print(table(title, ["budget", "MACs at most", "uniform keep ratio", "uniform MACs"], rows))
+    at_most, uniform_costs = ([form.format(cost) for cost in costs] for form in ("{} at most", "uniform {}"))
+    console.print(table(title, ["budget", *at_most, "uniform keep ratio", *uniform_costs], rows))
 
 
 if __name__ == "__main__":

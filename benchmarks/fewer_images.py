@@ -33,9 +33,9 @@ from torch import Tensor
 from benchmarks.speed_summary import by_target, rank_correlations
 from benchmarks.summarise import portable
 from cacp.checkpoint import save_json
-from cacp.config import Experiment
 from cacp.data import ImageData, normalise
 from cacp.evaluation import device_of, resolve_precision
+from cacp.experiment import Experiment
 from cacp.fusion import FusedNetwork
 from cacp.history import Episode
 from cacp.importance import channel_orders

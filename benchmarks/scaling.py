@@ -34,12 +34,12 @@ from torch import nn
 from agents import make_agent
 from benchmarks.summarise import portable
 from cacp.checkpoint import save_json
-from cacp.config import Experiment
 from cacp.cost import CostModel
 from cacp.data import ImageData
 from cacp.evaluation import device_of, resolve_precision, synchroniser
+from cacp.experiment import Experiment
 from cacp.graph import trace
-from cacp.history import History, target_budgets
+from cacp.history import History
 from cacp.importance import channel_importance, channel_orders
 from cacp.models import build_model
 from cacp.pipeline import environment, select_device
@@ -47,7 +47,7 @@ from cacp.profiling import Profile
 from cacp.records import play
 from cacp.reporting import table
 from cacp.reward import log_odds_reward
-from cacp.schema import ChannelGroups, Normalisation, Score
+from cacp.schema import Budget, ChannelGroups, Normalisation, Score
 from cacp.scoring import PolicyScorer
 from cacp.slicing import counts_policy
 from envs import ChannelPruningEnv
@@ -112,7 +112,9 @@ def measured(
         experiment = Experiment(
             output=folder, targets=asked, episodes=WARM_UP + episodes, warmup_episodes=WARM_UP, device=device
         )
-        history = History(Path(folder) / "episodes.csv", cost_model.dense, target_budgets(asked))
+        history = History(
+            Path(folder) / "episodes.csv", cost_model.dense, [Budget({"macs": target}) for target in asked]
+        )
         agent = make_agent("cacp", env, asked, experiment.seed, WARM_UP)
         preparation = time.perf_counter() - start
         for total in (WARM_UP, experiment.episodes):

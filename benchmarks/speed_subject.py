@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from agents import EpisodeEnd, RandomSearch
 from benchmarks.speed_summary import Drawn
-from cacp.config import Experiment
 from cacp.cost import CostModel
 from cacp.data import ImageData
 from cacp.evaluation import device_of, resolve_precision
+from cacp.experiment import Experiment
 from cacp.importance import channel_orders
 from cacp.pipeline import build_workbench, load_splits
 from cacp.profiling import Profile

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from cacp.checkpoint import load_json, save_json, save_tensors, sha256
-from cacp.config import Experiment
 from cacp.data import Splits, fingerprint
 from cacp.evaluation import device_of, evaluate_data
+from cacp.experiment import Experiment
 from cacp.models import build_model
 from cacp.models.weights import PUBLISHED, fetch_published, load_weights
 from cacp.schema import Normalisation, UserError

@@ -20,7 +20,7 @@ class Episode(NamedTuple):
     """A row of episodes.csv; the score on the first half of the validation images."""
 
     episode: int  # from 1
-    target: float  # macs target
+    target: float  # macs target; the mean of a budget of several costs
     reward: float
     top1: float
     loss: float
@@ -87,8 +87,8 @@ class History:
         return sorted(self._candidates[budget.name].values(), key=_quality, reverse=True)[:most]
 
     def nearest(self, target: float) -> Budget:
-        """The budget whose macs target lies nearest."""
-        return min(self._budgets.values(), key=lambda budget: abs(budget.targets["macs"] - target))
+        """The budget whose target lies nearest."""
+        return min(self._budgets.values(), key=lambda budget: abs(budget.mean_target - target))
 
     def tradeoff(self) -> list[Episode]:
         """The policies that no cheaper one beats, by macs: the best with at most x macs is the last up to x."""
@@ -102,7 +102,7 @@ class History:
         self.episodes.append(episode)
         cost = Cost(episode.macs, episode.params)
         for name, budget in self._budgets.items():
-            own = budget.targets == {"macs": episode.target}  # used up as far as the channel grain allows
+            own = budget.mean_target == episode.target  # used up as far as the channel grain allows
             if not in_window(cost, self._dense, budget) and not (own and meets_targets(cost, self._dense, budget)):
                 continue
             self._candidates[name].setdefault(episode.counts, episode)
@@ -129,7 +129,3 @@ def _read(path: Path, finished: int) -> list[Episode]:
             "restore it or use another --output"
         )
     return episodes
-
-
-def target_budgets(targets: Sequence[float]) -> list[Budget]:
-    return [Budget({"macs": target}) for target in targets]

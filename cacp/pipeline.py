@@ -23,13 +23,13 @@ from torch import Tensor
 
 from cacp.budget import check_reachable
 from cacp.checkpoint import load_json, save_json
-from cacp.config import IDENTITY, POLICY, TRAINING, Experiment, differences, save_config, stage_keys
+from cacp.config import differences, save_config, stage_keys
 from cacp.cost import CostModel
 from cacp.data import ImageData, Splits, load_dataset, make_splits, normalise
 from cacp.dense import DenseModel, checked_top1, import_weights, load_dense, published_weights
 from cacp.evaluation import device_of, resolve_precision
+from cacp.experiment import IDENTITY, POLICY, TRAINING, Experiment
 from cacp.graph import trace
-from cacp.history import target_budgets
 from cacp.importance import channel_importance, channel_orders
 from cacp.models import build_model
 from cacp.profiling import Profile
@@ -228,7 +228,7 @@ def check_targets(experiment: Experiment, splits: Splits) -> None:
     """
     model = build_model(experiment.model, len(splits.train.classes), seed=experiment.seed)
     cost_model = CostModel(trace(model, torch.zeros(1, *splits.train.image_shape), experiment.scope))
-    for budget in target_budgets(experiment.policy_targets):
+    for budget in experiment.budgets:
         check_reachable(cost_model, budget)
 
 

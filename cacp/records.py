@@ -94,7 +94,7 @@ def finished_episode(end: EpisodeEnd, seconds: float) -> Episode:
     result: EpisodeResult = end.info["result"]
     return Episode(
         episode=end.episode,
-        target=result.budget.targets["macs"],
+        target=result.budget.mean_target,
         reward=result.reward,
         top1=result.score.top1,
         loss=result.score.loss,

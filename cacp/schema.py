@@ -196,6 +196,11 @@ class Budget:
         """Folder-safe name: two decimals, more where needed."""
         return "_".join(f"{cost}-{_decimals(target)}" for cost, target in self.targets.items())
 
+    @property
+    def mean_target(self) -> float:
+        """The target that stands for the budget: its only one, or the mean of several."""
+        return sum(self.targets.values()) / len(self.targets)
+
 
 def _is_fraction(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value) and 0 < value <= 1

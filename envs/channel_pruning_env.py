@@ -11,7 +11,7 @@ from gymnasium import spaces
 
 from cacp.budget import BudgetWalk, KeepInterval, check_reachable, keep_count
 from cacp.schema import Budget, ChannelGroups, Score, UserError
-from envs.observation import FEATURES, mean_target, observe
+from envs.observation import features, observe
 from envs.rehearsal import Rehearsal
 
 
@@ -45,7 +45,8 @@ class ChannelPruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     the budget stays reachable on both sides; linear between. The executed action is the chosen one.
 
     ## Observation Space
-    `Box(0, 1, (16,))`, float32; entry 0 is the target. See `envs.observation`.
+    `Box(0, 1, (16,))`, float32; entry 0 is the target; three entries more for each cost of a budget of several. See
+    `envs.observation`.
 
     ## Rewards
     0 until the last group; there `reward_fn(score, target)` of `score_fn(counts)`.
@@ -57,8 +58,9 @@ class ChannelPruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     Terminated at the last group; never truncated. `info["result"]` of that step is an `EpisodeResult`.
 
     ## Arguments
-    `reset(options={"target": 0.42})` asks for a MACs target, `{"target": {"macs": 0.5, "params": 0.6}}` for a budget of
-    several costs. `rehearsal` plays episodes without a score (see `envs.rehearsal`). `episodes_started` counts the
+    `reset(options={"target": 0.42})` asks for a MACs target, and so does `{"target": {"macs": 0.42}}`; of a budget of
+    several costs, `targets=Budget({"macs": 0.5, "params": 0.6})`, each may be asked for anew, `{"target": {"macs": 0.4,
+    "params": 0.6}}`. `rehearsal` plays episodes without a score (see `envs.rehearsal`). `episodes_started` counts the
     round robin and may be set, to go on with an earlier run; a seed sets it as well (seed + n goes on after n episodes
     of a run that began with seed), so that one seed is one trajectory.
 
@@ -72,7 +74,7 @@ class ChannelPruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         groups: of the model.
         score_fn: keep counts of the prunable groups -> Score.
         reward_fn: (Score, target) -> reward.
-        targets: MACs targets in (0, 1].
+        targets: MACs targets in (0, 1], or one budget, of any costs, for all episodes.
 
     Raises:
         UserError: for a target outside (0, 1] or one that no policy can meet.
@@ -85,21 +87,25 @@ class ChannelPruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         groups: ChannelGroups,
         score_fn: Callable[[tuple[int, ...]], Score],
         reward_fn: Callable[[Score, float], float],
-        targets: Sequence[float] | TargetRange = (0.3, 0.5, 0.7),
+        targets: Sequence[float] | TargetRange | Budget = (0.3, 0.5, 0.7),
     ) -> None:
-        self.observation_space = spaces.Box(0.0, 1.0, (FEATURES,), np.float32)
+        budget = targets if isinstance(targets, Budget) else None
+        self.rehearsal = Rehearsal(groups, budget)
+        self._costs = set(budget.targets if budget else ("macs",))
+        self.observation_space = spaces.Box(0.0, 1.0, (features(len(self._costs)),), np.float32)
         self.action_space = spaces.Box(-1.0, 1.0, (1,), np.float32)
         self.episodes_started = 0
-        self.rehearsal = Rehearsal(groups)
         self._cost_model = self.rehearsal.cost_model
         self._score_fn = score_fn
         self._reward_fn = reward_fn
+        if isinstance(targets, Budget):
+            targets = (targets.mean_target,)
         self._targets = targets if isinstance(targets, TargetRange) else tuple(targets)
         if not self._targets:
             raise UserError("targets must name at least one macs target in (0, 1], but got none")
         for target in self._targets:
-            check_reachable(self._cost_model, Budget({"macs": target}))
-        self._walk = BudgetWalk(self._cost_model, Budget({"macs": 1.0}))
+            check_reachable(self._cost_model, self.rehearsal.budget_of(target))
+        self._walk = BudgetWalk(self._cost_model, self.rehearsal.budget_of(self._targets[0]))
         self._interval: KeepInterval | None = None
 
     def reset(
@@ -116,7 +122,12 @@ class ChannelPruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         return self._observation(), {}
 
     def _asked(self, target: float | Mapping[str, float]) -> Budget:
-        budget = Budget(dict(target) if isinstance(target, Mapping) else {"macs": target})
+        budget = Budget(dict(target)) if isinstance(target, Mapping) else self.rehearsal.budget_of(target)
+        if set(budget.targets) != self._costs:
+            raise UserError(
+                f"budgets of this environment are of {' and '.join(sorted(self._costs))}, "
+                f"but got {dict(budget.targets)}; make one with targets=Budget(...) of the same costs"
+            )
         check_reachable(self._cost_model, budget)
         return budget
 
@@ -126,7 +137,7 @@ class ChannelPruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         else:
             target = self._targets[self.episodes_started % len(self._targets)]
         self.episodes_started += 1
-        return Budget({"macs": target})
+        return self.rehearsal.budget_of(target)
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """Keep the chosen number of channels of the next group.
@@ -146,7 +157,7 @@ class ChannelPruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         self._interval = None
         counts, budget = tuple(self._walk.chosen), self._walk.budget
         score = self._score_fn(counts)
-        reward = float(self._reward_fn(score, mean_target(budget)))
+        reward = float(self._reward_fn(score, budget.mean_target))
         result = EpisodeResult(budget, counts, score, reward)
         return self._observation(), reward, True, False, {"result": result}
 

@@ -3,16 +3,18 @@ another target.
 
 Features of a step, all in [0, 1] (AMC's state, He et al., ECCV 2018, with the target of CACP in front):
 
-    0   target: the kept fraction asked for (the mean, where a budget has several)
+    0   target: the kept fraction asked for (the mean, where the budget is of several costs)
     1   position of the group among the prunable ones
     2-9 of the first layer that produces the group, min-max normalised over the groups: channels, input channels,
         feature-map height, kernel, stride, parameters and MACs of the layer, MACs of the layers that read the group
-    10  fraction of the dense MACs that stays if all remaining groups are kept whole
-    11  fraction of the dense MACs that stays if all remaining groups are pruned to their minimum
+    10  fraction of the dense cost (MACs, or else params) that stays if all remaining groups are kept whole
+    11  the same if all remaining groups are pruned to their minimum
     12  even share: the keep ratio at which the remaining groups share the rest of the budget evenly
     13  least feasible keep ratio of this group
     14  largest feasible keep ratio of this group
     15  previous keep ratio (1 before the first group)
+
+A budget of several costs adds three for each cost: its target, and what 10 and 11 say of it.
 """
 
 from __future__ import annotations
@@ -20,9 +22,8 @@ from __future__ import annotations
 import numpy as np
 
 from cacp.budget import BudgetWalk, KeepInterval
-from cacp.schema import Axis, Budget, ChannelGroup, ChannelGroups
+from cacp.schema import COSTS, Axis, ChannelGroup, ChannelGroups
 
-FEATURES = 16
 _STATIC = slice(2, 10)
 
 
@@ -61,13 +62,13 @@ def _entries(groups: ChannelGroups, axis: Axis) -> int:
     return axis.repeat * sum(groups[name].channels for name in axis.segments)
 
 
-def mean_target(budget: Budget) -> float:
-    """The target that stands for a budget: its only one, or the mean of several."""
-    return sum(budget.targets.values()) / len(budget.targets)
+def features(costs: int) -> int:
+    """Entries of an observation under budgets of so many costs."""
+    return 16 + (3 * costs if costs > 1 else 0)
 
 
 def observe(static: np.ndarray, walk: BudgetWalk, interval: KeepInterval | None) -> np.ndarray:
-    """(FEATURES,) float32 before the next count of `walk` is chosen.
+    """(features(costs of the budget),) float32 before the next count of `walk` is chosen.
 
     Args:
         static: (G, 8) from `static_features` of the same groups.
@@ -78,13 +79,17 @@ def observe(static: np.ndarray, walk: BudgetWalk, interval: KeepInterval | None)
     channels, chosen = walk.cost_model.channels, walk.chosen
     step = len(chosen)
     group = min(step, len(channels) - 1)
-    least, most = walk.ends[:, 0] / walk.cost_model.dense.macs
+    targets = walk.budget.targets
+    columns = [COSTS.index(cost) for cost in targets]
+    least, most = walk.ends[:, columns] / np.array(walk.cost_model.dense)[columns]  # (costs,) each
     low, even, high = interval or KeepInterval(chosen[-1], chosen[-1], chosen[-1])
-    observation = np.empty(FEATURES, dtype=np.float32)
-    observation[0] = mean_target(walk.budget)
+    observation = np.empty(features(len(columns)), dtype=np.float32)
+    observation[0] = walk.budget.mean_target
     observation[1] = step / len(channels)
     observation[_STATIC] = static[group]
-    observation[10:12] = most, least
+    observation[10:12] = most[0], least[0]
     observation[12:15] = np.array([even, low, high]) / channels[group]
     observation[15] = chosen[-1] / channels[step - 1] if step else 1.0
+    if len(columns) > 1:
+        observation[16:] = np.stack([list(targets.values()), most, least]).T.ravel()
     return observation

@@ -8,6 +8,7 @@ Shapes: N policies, G steps (prunable groups), O observation entries.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from cacp.budget import BudgetWalk, KeepInterval, keep_action, keep_count, scaled_ratios
 from cacp.cost import CostModel
-from cacp.schema import Budget, ChannelGroups
+from cacp.schema import Budget, ChannelGroups, UserError
 from envs.observation import observe, static_features
 
 
@@ -32,17 +33,35 @@ class Rehearsal:
 
     Args:
         groups: of the model.
+        budget: of several costs, the same for all episodes; None where a target is one of MACs.
 
     Attributes:
+        budget: likewise.
         cost_model: of the groups.
         static: (G, 8) features of the groups, see `envs.observation`.
         steps: of an episode, G.
     """
 
-    def __init__(self, groups: ChannelGroups) -> None:
+    def __init__(self, groups: ChannelGroups, budget: Budget | None = None) -> None:
+        self.budget = budget
         self.cost_model = CostModel(groups)
         self.static = static_features(groups)
         self.steps = len(self.cost_model.names)
+
+    def budget_of(self, target: float) -> Budget:
+        """The budget that a target stands for.
+
+        Raises:
+            UserError: where all episodes have one budget, and this is not its mean target.
+        """
+        if self.budget is None:
+            return Budget({"macs": target})
+        if not math.isclose(target, self.budget.mean_target, abs_tol=1e-5):
+            raise UserError(
+                f"every episode has the budget {self.budget.name}, whose mean target is {self.budget.mean_target:.6g}, "
+                f"but got the target {target}; make an environment of MACs targets for others"
+            )
+        return self.budget
 
     def roll_out(self, target: float, act: Callable[[np.ndarray], float]) -> Rehearsed:
         """The episode of a policy that sees observations (O,) and answers with actions in [-1, 1]."""
@@ -55,10 +74,10 @@ class Rehearsal:
 
     def scaled(self, target: float, ratios: np.ndarray) -> np.ndarray:
         """Keep ratios (N, G) times one factor a policy, so that each uses its target up (real-valued counts)."""
-        return scaled_ratios(self.cost_model, Budget({"macs": target}), ratios)
+        return scaled_ratios(self.cost_model, self.budget_of(target), ratios)
 
     def _played(self, target: float, act: Callable[[np.ndarray, KeepInterval, int], float]) -> Rehearsed:
-        walk = BudgetWalk(self.cost_model, Budget({"macs": target}))
+        walk = BudgetWalk(self.cost_model, self.budget_of(target))
         observations, actions = list[np.ndarray](), list[float]()
         while not walk.finished:
             interval = walk.interval()

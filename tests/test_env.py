@@ -21,7 +21,7 @@ from cacp.graph import trace
 from cacp.models import build_model
 from cacp.schema import Budget, ChannelGroups, Cost, Score, UserError
 from envs import ChannelPruningEnv, EpisodeResult, TargetRange
-from envs.observation import FEATURES, observe, static_features
+from envs.observation import features, observe, static_features
 
 TARGETS = (0.3, 0.5, 0.7)
 
@@ -40,7 +40,7 @@ def make(groups: ChannelGroups, **more: object) -> ChannelPruningEnv:
 
 
 def play(env: ChannelPruningEnv, actions: np.ndarray, **reset: object) -> tuple[np.ndarray, EpisodeResult]:
-    """(steps + 1, FEATURES) observations and the result of an episode."""
+    """(steps + 1, O) observations and the result of an episode."""
     observations = [env.reset(**reset)[0]]
     for action in actions:
         observation, reward, terminated, truncated, info = env.step(np.array([action], np.float32))
@@ -52,7 +52,7 @@ def play(env: ChannelPruningEnv, actions: np.ndarray, **reset: object) -> tuple[
     return np.stack(observations), info["result"]
 
 
-@pytest.mark.parametrize("targets", [TARGETS, TargetRange(0.3, 0.7)])
+@pytest.mark.parametrize("targets", [TARGETS, TargetRange(0.3, 0.7), Budget({"macs": 0.5, "params": 0.6})], ids=str)
 def test_both_checkers_pass_without_a_warning(groups: ChannelGroups, targets: object) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -67,7 +67,7 @@ def test_gymnasium_makes_it_by_name_and_plays_an_episode(groups: ChannelGroups) 
     env = gymnasium.make("ChannelPruning-v0", groups=groups, score_fn=score, reward_fn=lambda score, target: score.top1)
     assert isinstance(env.unwrapped, envs.ChannelPruningEnv)
     observation, info = env.reset(seed=0)
-    assert observation.shape == (FEATURES,) and observation[0] == np.float32(0.3)
+    assert observation.shape == (features(1),) and observation[0] == np.float32(0.3)
     for _ in range(9):
         _, reward, terminated, _, info = env.step(np.zeros(1, np.float32))
     assert terminated
@@ -115,11 +115,47 @@ def test_a_seed_fixes_the_place_in_the_round_robin_too(groups: ChannelGroups) ->
 
 
 def test_a_budget_of_several_costs_can_be_asked_for(groups: ChannelGroups) -> None:
+    cost_model, env = CostModel(groups), make(groups, targets=Budget({"macs": 0.5, "params": 0.7}))
+    for asked in ({"macs": 0.5, "params": 0.7}, {"params": 0.4, "macs": 0.6}):
+        observations, result = play(env, np.ones(9), options={"target": asked})
+        cost = cost_model.cost(result.counts)
+        assert cost.macs <= asked["macs"] * cost_model.dense.macs
+        assert cost.params <= asked["params"] * cost_model.dense.params
+        assert observations[0, 0] == np.float32(sum(asked.values()) / 2)  # the mean
+
+
+def test_episodes_of_a_budget_of_several_costs_tell_what_is_left_of_each(groups: ChannelGroups) -> None:
+    cost_model, budget = CostModel(groups), Budget({"macs": 0.5, "params": 0.6})
+    env = make(groups, targets=budget)
+    observations, result = play(env, np.linspace(-1, 1, 9))
+    assert result.budget == budget and observations.shape == (10, 22)
+    least = cost_model.cost(cost_model.min_keep)
+    for column, (cost, target) in enumerate(budget.targets.items()):
+        own = observations[:, 16 + 3 * column : 19 + 3 * column]
+        assert (own[:, 0] == np.float32(target)).all()
+        assert own[0].tolist() == pytest.approx([target, 1.0, getattr(least, cost) / getattr(cost_model.dense, cost)])
+        final = getattr(cost_model.cost(result.counts), cost) / getattr(cost_model.dense, cost)
+        assert own[-1].tolist() == pytest.approx([target, final, final])
+        assert final <= target
+        assert (np.diff(own[:, 1]) <= 0).all() and (np.diff(own[:, 2]) >= 0).all()
+
+
+def test_a_budget_of_params_alone_is_seen_where_macs_would_be(groups: ChannelGroups) -> None:
+    observations, result = play(make(groups, targets=Budget({"params": 0.4})), np.zeros(9))
     cost_model = CostModel(groups)
-    observations, result = play(make(groups), np.ones(9), options={"target": {"macs": 0.6, "params": 0.4}})
-    cost = cost_model.cost(result.counts)
-    assert cost.macs <= 0.6 * cost_model.dense.macs and cost.params <= 0.4 * cost_model.dense.params
-    assert observations[0, 0] == np.float32(0.5)  # the mean
+    kept = cost_model.cost(result.counts).params / cost_model.dense.params
+    assert observations.shape == (10, 16)
+    assert observations[-1, 10] == pytest.approx(kept) and 0.395 <= kept <= 0.4
+
+
+def test_budgets_of_other_costs_than_the_environments_are_refused(groups: ChannelGroups) -> None:
+    with pytest.raises(UserError, match=r"of macs, but got \{'macs': 0\.6, 'params': 0\.4\}"):
+        make(groups).reset(options={"target": {"macs": 0.6, "params": 0.4}})
+    several = make(groups, targets=Budget({"macs": 0.5, "params": 0.6}))
+    with pytest.raises(UserError, match=r"of macs and params, but got \{'macs': 0\.5\}"):
+        several.reset(options={"target": {"macs": 0.5}})
+    with pytest.raises(UserError, match=r"mean target is 0\.55, but got the target 0\.5"):
+        several.reset(options={"target": 0.5})
 
 
 def test_a_range_is_drawn_from_within_its_ends_and_by_the_seed(groups: ChannelGroups) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import fewer_images
 from benchmarks.fewer_images import best_third, images_needed, raced
-from cacp.config import Experiment
+from cacp.experiment import Experiment
 from cacp.schema import Budget, Cost, Policy, PolicyRecord, Score
 
 

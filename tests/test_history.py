@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from cacp.history import Episode, History, target_budgets
+from cacp.history import Episode, History
 from cacp.schema import Budget, Cost, UserError
 
 DENSE = Cost(1000, 100)
-BUDGETS = target_budgets([0.5, 0.503, 0.7])
+BUDGETS = [Budget({"macs": target}) for target in (0.5, 0.503, 0.7)]
 
 
 def episode(
@@ -139,3 +139,12 @@ def test_the_nearest_budget_of_a_target_from_a_range(tmp_path: Path) -> None:
     history = History(tmp_path / "episodes.csv", DENSE, BUDGETS)
     names = [history.nearest(target).name for target in (0.1, 0.502, 0.59, 0.61, 0.9)]
     assert names == ["macs-0.50", "macs-0.503", "macs-0.503", "macs-0.70", "macs-0.70"]
+
+
+def test_an_episode_of_a_budget_of_several_costs_is_credited_to_it(tmp_path: Path) -> None:
+    budget = Budget({"macs": 0.6, "params": 0.5})
+    history = History(tmp_path / "episodes.csv", DENSE, [budget])
+    history.append(episode(1, macs=590, counts=(1,), target=budget.mean_target))  # params 0.5 are used up
+    history.append(episode(2, macs=601, counts=(2,), target=budget.mean_target))  # too many MACs
+    assert numbers(history, budget) == [1]
+    assert history.nearest(0.55) == budget
