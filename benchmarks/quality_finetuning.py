@@ -44,7 +44,7 @@ def main() -> None:
             print(path.stem, *(f"{name} {100 * row['top1']:.2f}" for name, row in rows[-1]["measured"].items()))
     if not rows:
         parser.error(f"{arguments.work} holds no such cells; make them with benchmarks.search_quality")
-    conclude(arguments, rows, arguments.targets, {"recipe": {**settings, "images": len(cell.training)}})
+    conclude(arguments, rows, arguments.targets, {"recipe": {**settings, "images": len(cell.splits.train)}})
 
 
 def finetuned(path: Path, cell: Cell, targets: list[float], recipe: Recipe, test: ImageData | None) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def finetuned(path: Path, cell: Cell, targets: list[float], recipe: Recipe, test
             continue
         model = cell.scorer_of_policies.sliced(cell.policy(tuple(found["picked"][name]["counts"])))
         folder = path.parent / "finetuned" / f"{path.stem}_{name}_{recipe.epochs}"
-        for _ in fit(model, cell.training, None, NORMALISATION, recipe, cell.seed, folder):
+        for _ in fit(model, cell.splits.train, None, NORMALISATION, recipe, cell.seed, folder):
             pass
         images = cell.development if test is None else test
         measured[name] = evaluate_data(model.eval(), images, NORMALISATION)._asdict()

@@ -56,7 +56,7 @@ def by_amc(cell: Cell) -> list[Found]:
 
 
 def by_published(cell: Cell) -> list[Found]:
-    cell.forgiven = TARGET_TOLERANCE
+    cell.forgiven, cell.criterion = TARGET_TOLERANCE, "l1"
     episodes = published_search(cell.groups, cell.stale_top1, TARGETS, POLICIES * len(TARGETS), cell.seed)
     return [Found(*episode) for episode in episodes]
 

@@ -85,7 +85,7 @@ class Experiment:
     targets: list[float | str] = _setting(
         (0.3, 0.5, 0.7), POLICY, "macs targets: kept fractions of the dense MACs, in (0, 1]; or a range, 0.3:0.8"
     )
-    criterion: str = _setting("l1", POLICY, f"ranks the channels: one of {', '.join(CRITERIA)}")
+    criterion: str = _setting("reconstruction", POLICY, f"ranks the channels: one of {', '.join(CRITERIA)}")
     scope: str = _setting("inner", POLICY, "inner (channels inside a block) or all (residual streams too)")
     search_calibration_images: int | None = _setting(
         None, POLICY, "only so many of the calibration images for the scores of episodes (default: all of them)"

@@ -7,16 +7,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import resnet20
 from test_agents import ToyEnv, play
 
 from benchmarks.quality_searchers import WithoutActor, WithoutImagination, WithoutPlanner
 from benchmarks.quality_table import summed_up
-from benchmarks.repair import Repair
 from benchmarks.score_quality import correlated, numbers
-from cacp.graph import trace
-from cacp.importance import channel_importance, channel_orders
-from cacp.slicing import counts_policy, slice_model
 
 
 def row(searcher: str, seed: int, **tops: float) -> dict:
@@ -51,31 +46,6 @@ def test_correlations_of_equal_and_reversed_ranks() -> None:
     assert correlated(values, values**3)["kendall"] == 1 and correlated(values, -values)["spearman"] == -1
     wide = correlated(values, np.random.default_rng(0).random(24))["spearman_interval"]
     assert wide[0] < 0 < wide[1]
-
-
-def test_repair_is_the_least_squares_fit_and_keeps_a_whole_network() -> None:
-    model = resnet20().eval()
-    groups = trace(model, torch.zeros(1, 3, 32, 32), "inner")
-    images = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    repair, orders = Repair(model, groups, images), channel_orders(channel_importance(model, groups, "l1"))
-    whole = counts_policy(groups, [group.channels for group in groups.prunable], orders, "l1")
-    same = repair(slice_model(model, groups, whole), whole.keep)
-    name = groups.prunable[0].consumers[0]
-    weight = model.get_submodule(name).weight
-    torch.testing.assert_close(same.get_submodule(name).weight, weight, atol=1e-2, rtol=0)
-
-    half = counts_policy(groups, [group.channels // 2 for group in groups.prunable], orders, "l1")
-    sliced = repair(slice_model(model, groups, half), half.keep)
-    inputs: list[torch.Tensor] = []
-    hook = model.get_submodule(name).register_forward_pre_hook(lambda module, given: inputs.append(given[0]))
-    with torch.no_grad():
-        model(images)
-    hook.remove()
-    patches = torch.nn.functional.unfold(inputs[0], 3, padding=1).transpose(1, 2).flatten(0, 1)  # (N H W, C 9)
-    kept = [channel * 9 + entry for channel in half.keep[groups.prunable[0].name] for entry in range(9)]
-    outputs = patches @ weight.detach().flatten(1).T
-    expected = torch.linalg.lstsq(patches[:, kept].double(), outputs.double()).solution.T.float()
-    torch.testing.assert_close(sliced.get_submodule(name).weight.flatten(1), expected, atol=1e-2, rtol=0)
 
 
 def test_ours_without_a_part_lacks_that_part_alone() -> None:
