@@ -1,6 +1,7 @@
 """A cell of `benchmarks.search_quality`: a network, its images, and a purse that every score is paid from."""
 
 import argparse
+import hashlib
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -88,6 +89,11 @@ class Cell:
         """Channel scores."""
         batches = criterion_batches(criterion, self.splits, NORMALISATION, device_of(self.model))
         return channel_importance(self.model, self.groups, criterion, batches, self.seed)
+
+
+def policy_hash(policy: Policy) -> str:
+    """Eight digits that tell policies apart."""
+    return hashlib.sha256(repr(sorted(policy.keep.items())).encode()).hexdigest()[:8]
 
 
 def development_split(train: ImageData) -> tuple[ImageData, ImageData]:

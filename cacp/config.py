@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from os import PathLike
@@ -224,7 +225,8 @@ def _parser(
         help_text = "run folder, for example runs/digits_resnet56 (or give --output or --config)"
         parser.add_argument("run", metavar="RUN", nargs="?", help=help_text)
     if command == "search":
-        parser.add_argument("--ask", type=float | None, help="after the search: one greedy policy for this macs target")
+        help_text = "after the search: the policy that promises most at this macs target, trained or not"
+        parser.add_argument("--ask", type=kept_fraction, help=help_text)
         parser.add_argument("--profile", action="store_true", help="print at the end where the time went")
     own = [item for item in dataclasses.fields(Experiment) if item.metadata["stage"] in _COMMAND_STAGES[command]]
     rest = [item for item in dataclasses.fields(Experiment) if item not in own]
@@ -241,19 +243,40 @@ def macs_target(text: float | str) -> float | str:
     """A macs target, or a range LOW:HIGH of them as it is written.
 
     Raises:
-        ValueError: if it is neither.
+        ArgumentTypeError: if it is neither.
     """
-    if isinstance(text, str) and _ends(text) is not None:
-        return text
-    return float(text)
+    if isinstance(text, str) and ":" in text:
+        try:
+            low, high = map(float, text.split(":"))
+        except ValueError as error:
+            raise ArgumentTypeError(f"a range of targets is LOW:HIGH, like 0.3:0.8, but got {text!r}") from error
+        return f"{low:g}:{high:g}"
+    return kept_fraction(text)
+
+
+def kept_fraction(text: float | str) -> float:
+    """A target in (0, 1].
+
+    Raises:
+        ArgumentTypeError: if it is none.
+    """
+    try:
+        target = float(text)
+    except (TypeError, ValueError):
+        target = math.nan
+    if not 0 < target <= 1:
+        raise ArgumentTypeError(
+            f"targets must be kept fractions in (0, 1], but got {text!r}; 0.5 keeps half of the MACs"
+        )
+    return target
 
 
 def _ends(target: float | str) -> tuple[float, float] | None:
     """LOW and HIGH of a range; None for anything else."""
-    if not isinstance(target, str) or ":" not in target:
+    if not isinstance(target, str):
         return None
-    low, _, high = target.partition(":")
-    return float(low), float(high)
+    low, high = map(float, target.split(":"))
+    return low, high
 
 
 def _wrong_targets(experiment: Experiment) -> list[str]:
@@ -268,7 +291,7 @@ def _wrong_targets(experiment: Experiment) -> list[str]:
         low, high = experiment.target_range
         if not high - low >= 0.05:
             wrong.append(f"a range of targets must be at least 0.05 wide, LOW:HIGH, but got {given[0]!r}")
-        if experiment.agent not in ("cacp", "random"):
+        if experiment.agent in AGENTS and experiment.agent != "cacp":
             wrong.append(f"agent {experiment.agent} takes a list of targets, but got {given[0]!r}; use --agent cacp")
     elif any(high - low < 0.01 - 1e-9 for low, high in itertools.pairwise(targets)):
         wrong.append(f"targets must lie at least 0.01 apart, but got {targets}")

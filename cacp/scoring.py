@@ -57,6 +57,7 @@ class PolicyScorer:
         normalisation: that the weights expect.
         precision: of the convolutions while scoring; batch-norm statistics and loss stay in fp32.
         profile: gets the seconds of slicing, repair, recalibration and evaluation.
+        repair: False leaves the weights as they were cut out.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class PolicyScorer:
         normalisation: Normalisation,
         precision: torch.dtype = torch.float32,
         profile: Profile | None = None,
+        repair: bool = True,
     ) -> None:
         check_batching("validation", len(validation), EVALUATION_BATCH)
         check_batching("calibration", len(calibration), CALIBRATION_BATCH)
@@ -76,6 +78,7 @@ class PolicyScorer:
         self._cost_model = CostModel(groups)
         self._precision = precision
         self._profile = profile or Profile()
+        self._repairs = repair
         self._device = device_of(model)
         self._labels = validation.labels.to(self._device)  # (V,)
         self._images = _prepared(validation, normalisation, self._device, precision)  # (V, C, H, W)
@@ -134,8 +137,9 @@ class PolicyScorer:
         """The pruned model, its weights repaired, batch norm with the dense model's statistics."""
         with self._profile.phase("slicing"):
             model = slice_model(self._model, self._groups, policy).to(memory_format=torch.channels_last)
-        with self._profile.phase("repair"):
-            self._repair(model, policy)
+        if self._repairs:
+            with self._profile.phase("repair"):
+                self._repair(model, policy)
         return model
 
     def sliced(self, policy: Policy) -> nn.Module:
