@@ -9,7 +9,6 @@ best policy of every target. Run again, it goes on from the last checkpoint, or 
 
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from agents import ConditionalDDPG, Searcher, make_agent
 from cacp.budget import BudgetWalk, check_reachable, reachable_fractions, uniform_counts
@@ -17,7 +16,7 @@ from cacp.checkpoint import load_state, load_tensors, save_json, save_tensors
 from cacp.config import experiment_from, parse
 from cacp.evaluation import synchroniser
 from cacp.experiment import Experiment
-from cacp.history import History
+from cacp.history import Candidate, History, tradeoff
 from cacp.pipeline import (
     Ranked,
     Workbench,
@@ -40,7 +39,7 @@ from cacp.reporting import (
     table,
 )
 from cacp.reward import log_odds_reward
-from cacp.schema import Budget, PolicyRecord, Score, UserError
+from cacp.schema import Budget, PolicyRecord, UserError
 from envs import ChannelPruningEnv, EpisodeResult, TargetRange
 
 RESCORED = 10  # best policies of a target that are scored again: maxima over noisy scores are biased
@@ -97,9 +96,11 @@ def search(experiment: Experiment, ranked: Ranked, budgets: list[Budget], profil
     with profile.phase("scoring again"):
         if isinstance(agent, ConditionalDDPG):
             save_tensors(folder / "agent" / "networks.safetensors", agent.policy_state())
-        save_tradeoff(folder, history.tradeoff(), bench.cost_model.dense, bench.dense.validation_top1)
-        for budget in budgets:
-            candidates = candidates_of(experiment, history, budget, env, agent)
+        found = [candidates_of(experiment, history, budget, env, agent) for budget in budgets]
+        planned = [one for candidates in found for one in candidates if not one.episode]
+        front = tradeoff([*(episode.candidate for episode in history.episodes), *planned])
+        save_tradeoff(folder, front, bench.cost_model.dense)
+        for budget, candidates in zip(budgets, found, strict=True):
             save_policy(experiment.folder, best_record(experiment, ranked, budget, candidates))
 
 
@@ -114,14 +115,6 @@ def method_name(experiment: Experiment) -> str:
     return f"search {experiment.agent}"
 
 
-class Candidate(NamedTuple):
-    """A policy of a target, with its score in the search; episode 0 was planned after it."""
-
-    counts: tuple[int, ...]
-    score: Score
-    episode: int
-
-
 def candidates_of(
     experiment: Experiment, history: History, budget: Budget, env: ChannelPruningEnv, agent: Searcher
 ) -> list[Candidate]:
@@ -130,9 +123,9 @@ def candidates_of(
     Raises:
         UserError: if there are none.
     """
-    found = [Candidate(row.counts, row.score, row.episode) for row in history.best(budget, RESCORED)]
+    found = [episode.candidate for episode in history.best(budget, RESCORED)]
     if experiment.target_range and isinstance(agent, ConditionalDDPG):
-        found.append(planned(env, agent, budget.mean_target))
+        found.append(planned_policy(env, agent, budget.mean_target))
     if not found:
         raise UserError(
             f"no episode met {budget.name}; {experiment.episodes} episodes are too few for "
@@ -141,7 +134,7 @@ def candidates_of(
     return found
 
 
-def planned(env: ChannelPruningEnv, agent: ConditionalDDPG, target: float) -> Candidate:
+def planned_policy(env: ChannelPruningEnv, agent: ConditionalDDPG, target: float) -> Candidate:
     """The policy that the agent promises most of at a target, scored."""
     env.reset(options={"target": target})
     for action in agent.plan(target):
@@ -174,6 +167,7 @@ def ask(experiment: Experiment, target: float, profile: Profile) -> None:
     Raises:
         UserError: if the search is not finished, or the target cannot be met.
     """
+    check_run(experiment)
     if experiment.agent != "cacp":
         raise UserError(
             f"{experiment.folder} was searched by {experiment.agent}, which cannot be asked; use a run of --agent cacp"
@@ -182,7 +176,6 @@ def ask(experiment: Experiment, target: float, profile: Profile) -> None:
         raise UserError(
             f"{experiment.folder} was searched for {experiment.budgets[0].name} alone; search --targets to ask"
         )
-    check_run(experiment)
     budget = Budget({"macs": target})
     networks = experiment.folder / "search" / "agent" / "networks.safetensors"
     if not networks.is_file():
@@ -193,7 +186,7 @@ def ask(experiment: Experiment, target: float, profile: Profile) -> None:
         env = ChannelPruningEnv(ranked.bench.groups, ranked.score, log_odds_reward, [target])
         agent = ConditionalDDPG(env, seed=experiment.seed)
         agent.load_policy_state(load_tensors(networks))
-        record = best_record(experiment, ranked, budget, [planned(env, agent, target)])
+        record = best_record(experiment, ranked, budget, [planned_policy(env, agent, target)])
         save_policy(experiment.folder, record)
     show_policies(experiment.folder, [budget.name])
 

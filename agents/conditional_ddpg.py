@@ -5,16 +5,16 @@ Liu, Guo et al., "Conditional Automated Channel Pruning for Deep Neural Networks
 ECCV 2018); built on Stable-Baselines3's DDPG (Lillicrap et al., 2016). It knows nothing of networks or pruning: see
 `agents.searcher` for what it expects of an environment, and `agents.planner.Rehearsal` for the rules it plans with.
 
-An episode: the even share where the target is new, at random until warm-up ends, then the policy of which the planner's
-model of returns promises most. That one is made from the best so far or from the actor's roll-out. After it the noisy
-actor is rolled out at other targets, without playing; what the model expects of these imagined episodes is learned from
-like the return of a real one (Dyna; Sutton, 1991).
+An episode of warm-up: the even share where the target is new, else at random. After it the policy of which the
+planner's model of returns promises most, made from the best so far or from the actor's roll-out. Then the noisy actor
+is rolled out at other targets, without playing; what the model expects of these imagined episodes is learned from like
+the return of a real one (Dyna; Sutton, 1991).
 
 Differences from the paper: old value -> new value -> why. The figures are regrets (1 - value) on toy problems, see
 results/LOG.md.
 
 - actions of an episode: the actor's, with noise -> planned -> results/LOG.md, "A conditional agent that earns its
-  place": a fifth of the episodes finds what 100 a target found.
+  place": on an emulator, 20 episodes a target find what 100 found.
 - critic target: reward copied to every step, plus the target critic's next value -> the episode's return at every step,
   no bootstrapping, so no target networks and no tau -> a step's observation does not tell the earlier actions, so their
   effect cannot travel back through next values; 0.108 -> 0.063 (reward at the last step only: 0.591).
@@ -58,6 +58,7 @@ from agents.planner import Plan, Planner, Rehearsal
 from agents.replay import EpisodeReplay, TargetBaseline
 from agents.searcher import EpisodeEnd, check_spaces
 from cacp.checkpoint import pack, unpack
+from cacp.schema import UserError
 
 WARMUP_EPISODES = 15  # random
 NEW_TARGET = 0.05  # a target that differs by more from all before begins with the even share
@@ -96,8 +97,6 @@ class ConditionalDDPG(DDPG):
             its rules as `rehearsal`, see `agents.Rehearsal`.
         seed: of initial weights, environment, exploration and replay.
         warmup_episodes: random episodes at the start.
-        noise: sigma by episode after warm-up; NoiseSchedule() if None.
-        device: of the networks.
 
     Raises:
         UserError: for other spaces.
@@ -111,12 +110,10 @@ class ConditionalDDPG(DDPG):
         *,
         seed: int = 0,
         warmup_episodes: int = WARMUP_EPISODES,
-        noise: NoiseSchedule | None = None,
-        device: str = "cpu",
     ) -> None:
         check_spaces(env)
         self.warmup_episodes = warmup_episodes
-        self.noise = noise or NoiseSchedule()
+        self.noise = NoiseSchedule()
         self.losses = Losses()
         self._targets: list[float] = []  # of all episodes
         self._outcome = _Outcome()
@@ -138,7 +135,7 @@ class ConditionalDDPG(DDPG):
             replay_buffer_kwargs={"generator": replay, "baseline": TargetBaseline()},
             policy_kwargs=NETWORKS,
             seed=seed,
-            device=device,
+            device="cpu",  # small networks, small batches
         )
         for group in self.critic.optimizer.param_groups:
             group["lr"] = CRITIC_LEARNING_RATE
@@ -312,7 +309,17 @@ class ConditionalDDPG(DDPG):
         return {**actor, **{f"planner.{name}": tensor.clone() for name, tensor in self._planner.knowledge().items()}}
 
     def load_policy_state(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Take over what `policy_state` returned."""
+        """Take over what `policy_state` returned.
+
+        Raises:
+            UserError: for other tensors.
+        """
+        expected = self.policy_state().keys()
+        if tensors.keys() != expected:
+            raise UserError(
+                f"an agent to ask must hold {', '.join(sorted(expected))}, but got {', '.join(sorted(tensors))}; "
+                "another version saved it: search again"
+            )
         parts: dict[str, dict[str, torch.Tensor]] = {"actor": {}, "planner": {}}
         for name, tensor in tensors.items():
             part, _, own = name.partition(".")

@@ -23,7 +23,7 @@ def make_agent(
     Args:
         name: one of AGENTS.
         env: see the searcher's class.
-        targets: of the environment; only evolution strategies ask for them.
+        targets: of the environment; only evolutionary search asks for them.
         seed: of everything random in the searcher.
         warmup_episodes: of cacp.
 

@@ -31,7 +31,7 @@ class TargetStatistics(NamedTuple):
 
 
 class TargetBaseline:
-    """Exponential moving mean and variance of the episode rewards, for every target rounded to 0.01.
+    """Exponential moving mean and variance of the returns of episodes, real and imagined, by target rounded to 0.01.
 
     The first 1 / rate rewards of a target have equal weights, so the start value of the average does not linger. A
     target never seen lies between its neighbours, linearly; outside of them it takes the nearest one's value.

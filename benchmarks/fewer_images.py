@@ -44,7 +44,7 @@ from cacp.policies import load_policies
 from cacp.reporting import ProgressLine
 from cacp.schema import UserError
 from cacp.scoring import CALIBRATION_BATCH, EVALUATION_BATCH, Threads
-from cacp.slicing import counts_policy, slice_model
+from cacp.slicing import counts_policy
 
 BATCHES = (8, 4, 2, 1)  # of CALIBRATION_BATCH images; the first are all
 VALIDATION = (250, 500, 1000, 1500)  # images
@@ -125,7 +125,7 @@ def collected(experiment: Experiment, policies: int) -> Answers:
     with ProgressLine("policies", len(episodes)) as progress:
         for index, episode in enumerate(episodes):
             policy = counts_policy(bench.groups, episode.counts, orders, experiment.criterion)
-            network.load(slice_model(bench.dense.model, bench.groups, policy))
+            network.load(bench.scorer.repaired(policy))
             counts = BATCHES if index in spread else ()
             moments = threads.map(network.moments, calibration[: max(own, *counts, 0)])
             for count in (0, *counts):

@@ -1,6 +1,7 @@
 """A cell of `benchmarks.search_quality`: a network, its images, and a purse that every score is paid from."""
 
 import argparse
+import hashlib
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -14,10 +15,10 @@ from cacp.graph import trace
 from cacp.importance import channel_importance, channel_orders
 from cacp.models import build_model
 from cacp.models.weights import load_weights
-from cacp.pipeline import labelled_batches
+from cacp.pipeline import criterion_batches
 from cacp.schema import ChannelGroups, Normalisation, Policy, Score
 from cacp.scoring import PolicyScorer
-from cacp.slicing import counts_policy, slice_model
+from cacp.slicing import counts_policy
 
 TARGETS = (0.3, 0.4, 0.5, 0.6, 0.7)
 BETWEEN = (0.35, 0.45, 0.55, 0.65)  # never searched by ours: one planned policy each, against 100 random ones
@@ -43,8 +44,7 @@ class Cell:
     def __init__(self, model: str, weights: Path, train: ImageData, seed: int) -> None:
         self.development, rest = development_split(train)
         splits = make_splits(rest, None, VALIDATION, CALIBRATION, seed)
-        self.training, self.calibration = splits.train, splits.calibration  # the development split is in neither
-        self._validation = splits.validation
+        self.splits = splits  # the development split is in none of them
         device = torch.device("cpu" if not torch.cuda.is_available() else "cuda")
         self.model = build_model(model, len(train.classes), seed=0)
         load_weights(self.model, weights)
@@ -55,16 +55,16 @@ class Cell:
         self.seed = seed
         self.scored = 0
         self.purse = POLICIES * len(TARGETS)
-        self.criterion = "l1"
+        self.criterion = "reconstruction"
         self.forgiven = 0.0  # of the dense MACs, above a target
 
     @cached_property
     def scorer_of_policies(self) -> PolicyScorer:
         """On the validation images, as a search scores."""
-        return self.scorer(self._validation, resolve_precision("auto", device_of(self.model)))
+        return self.scorer(self.splits.validation, resolve_precision("auto", device_of(self.model)))
 
     def scorer(self, images: ImageData, precision: torch.dtype = torch.float32) -> PolicyScorer:
-        return PolicyScorer(self.model, self.groups, images, self.calibration, NORMALISATION, precision)
+        return PolicyScorer(self.model, self.groups, images, self.splits.calibration, NORMALISATION, precision)
 
     def policy(self, counts: Counts) -> Policy:
         if self.criterion not in self._orders:
@@ -77,19 +77,23 @@ class Cell:
         return self.scorer_of_policies(self.policy(counts))
 
     def stale_top1(self, counts: Counts) -> float:
-        """Top-1 without recalibration, paid likewise."""
+        """Top-1 of repaired weights without recalibration, paid likewise."""
         self._pay()
-        sliced = slice_model(self.model, self.groups, self.policy(counts)).to(memory_format=torch.channels_last)
-        return self.scorer_of_policies.evaluate(sliced).top1
+        return self.scorer_of_policies.evaluate(self.scorer_of_policies.repaired(self.policy(counts))).top1
 
     def _pay(self) -> None:
         self.scored += 1
         assert self.scored <= self.purse, "the purse is empty"
 
     def importance(self, criterion: str) -> dict[str, torch.Tensor]:
-        """Channel scores, on the calibration images where the criterion needs some."""
-        batches = labelled_batches(self.calibration, NORMALISATION, device_of(self.model))
+        """Channel scores."""
+        batches = criterion_batches(criterion, self.splits, NORMALISATION, device_of(self.model))
         return channel_importance(self.model, self.groups, criterion, batches, self.seed)
+
+
+def policy_hash(policy: Policy) -> str:
+    """Eight digits that tell policies apart."""
+    return hashlib.sha256(repr(sorted(policy.keep.items())).encode()).hexdigest()[:8]
 
 
 def development_split(train: ImageData) -> tuple[ImageData, ImageData]:

@@ -3,8 +3,8 @@
     python -m benchmarks.quality_finetuning --dataset imagefolder --data_dir DIR --work FOLDER --weights resnet56=FILE \
         --searchers cacp uniform [--seeds 0] --judge development --result FILE
 
-FOLDER holds the cells. The policy that a searcher picked for a target is sliced, recalibrated, trained on all training
-images but the cell's own and the development split, and judged in fp32. Networks are kept in FOLDER/finetuned: judging
+FOLDER holds the cells. The policy that a searcher picked for a target is sliced, repaired, recalibrated, trained on
+the training images that neither score nor judge, and judged in fp32. Networks are kept in FOLDER/finetuned: judging
 again trains nothing, and a run that was broken off goes on after its last epoch.
 """
 
@@ -12,7 +12,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality_cell import NORMALISATION, Cell, cell_arguments, load_inputs
+from benchmarks.quality_cell import NORMALISATION, Cell, cell_arguments, load_inputs, policy_hash
 from benchmarks.quality_searchers import SEARCHERS
 from benchmarks.quality_table import conclude
 from benchmarks.score_quality import RECIPE
@@ -44,7 +44,7 @@ def main() -> None:
             print(path.stem, *(f"{name} {100 * row['top1']:.2f}" for name, row in rows[-1]["measured"].items()))
     if not rows:
         parser.error(f"{arguments.work} holds no such cells; make them with benchmarks.search_quality")
-    conclude(arguments, rows, arguments.targets, {"recipe": {**settings, "images": len(cell.training)}})
+    conclude(arguments, rows, arguments.targets, {"recipe": {**settings, "images": len(cell.splits.train)}})
 
 
 def finetuned(path: Path, cell: Cell, targets: list[float], recipe: Recipe, test: ImageData | None) -> dict[str, Any]:
@@ -55,9 +55,10 @@ def finetuned(path: Path, cell: Cell, targets: list[float], recipe: Recipe, test
     for name in (f"{target:.2f}" for target in targets):
         if found["picked"].get(name) is None:
             continue
-        model = cell.scorer_of_policies.sliced(cell.policy(tuple(found["picked"][name]["counts"])))
-        folder = path.parent / "finetuned" / f"{path.stem}_{name}_{recipe.epochs}"
-        for _ in fit(model, cell.training, None, NORMALISATION, recipe, cell.seed, folder):
+        policy = cell.policy(tuple(found["picked"][name]["counts"]))
+        model = cell.scorer_of_policies.sliced(policy)
+        folder = path.parent / "finetuned" / f"{path.stem}_{name}_{recipe.epochs}_{policy_hash(policy)}"
+        for _ in fit(model, cell.splits.train, None, NORMALISATION, recipe, cell.seed, folder):
             pass
         images = cell.development if test is None else test
         measured[name] = evaluate_data(model.eval(), images, NORMALISATION)._asdict()

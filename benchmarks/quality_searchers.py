@@ -17,7 +17,7 @@ from cacp.methods.sensitivity import degradation_curves, threshold_counts
 from cacp.reward import log_odds_reward
 from cacp.schema import TARGET_TOLERANCE, Budget, Score
 from envs import ChannelPruningEnv, EpisodeResult
-from search import planned
+from search import planned_policy
 
 AMC_WARMUP = 5  # random episodes of one target; our agent's own default is for all
 PLAIN_WARMUP = 100  # random episodes of CACP
@@ -41,7 +41,7 @@ def by_agent(
     agent.run(POLICIES * len(targets), on_episode)
     if isinstance(agent, ConditionalDDPG) and len(targets) > 1:
         cell.purse += len(BETWEEN)
-        answers = {target: planned(env, agent, target) for target in BETWEEN}
+        answers = {target: planned_policy(env, agent, target) for target in BETWEEN}
         found += [Found(target, answer.counts, reward(answer.score, target)) for target, answer in answers.items()]
     return found
 
@@ -56,7 +56,7 @@ def by_amc(cell: Cell) -> list[Found]:
 
 
 def by_published(cell: Cell) -> list[Found]:
-    cell.forgiven = TARGET_TOLERANCE
+    cell.forgiven, cell.criterion = TARGET_TOLERANCE, "l1"
     episodes = published_search(cell.groups, cell.stale_top1, TARGETS, POLICIES * len(TARGETS), cell.seed)
     return [Found(*episode) for episode in episodes]
 

@@ -24,7 +24,6 @@ from scipy import stats
 from torch import Tensor, nn
 
 from benchmarks.fewer_images import batches_of, experiment_of, spread_over
-from benchmarks.repair import Repair
 from benchmarks.summarise import portable
 from cacp.checkpoint import load_json, save_json
 from cacp.data import ImageData, Splits
@@ -33,6 +32,7 @@ from cacp.experiment import Experiment
 from cacp.history import Episode
 from cacp.importance import channel_orders
 from cacp.pipeline import Workbench, build_workbench, environment, load_splits, run_command
+from cacp.repair import Repair
 from cacp.reporting import ProgressLine
 from cacp.schema import Policy
 from cacp.scoring import CALIBRATION_BATCH, EVALUATION_BATCH
@@ -110,7 +110,7 @@ class Measurement:
         networks = {
             "stale": self._sliced(policy),
             "fresh": self._recalibrated(self._sliced(policy)),
-            "repaired": self._recalibrated(self._repair(self._sliced(policy), policy.keep)),
+            "repaired": self._recalibrated(self._repaired(policy)),
         }
         labels = self._splits.validation.labels.to(self._device)
         scores = {
@@ -128,6 +128,11 @@ class Measurement:
 
     def _sliced(self, policy: Policy) -> nn.Module:
         return slice_model(self._model, self._bench.groups, policy).to(memory_format=torch.channels_last).eval()
+
+    def _repaired(self, policy: Policy) -> nn.Module:
+        model = self._sliced(policy)
+        self._repair(model, policy)
+        return model
 
     def _recalibrated(self, model: nn.Module) -> nn.Module:
         with autocast(self._device, self._precision):

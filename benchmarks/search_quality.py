@@ -11,9 +11,9 @@ decisions), or on the test images (for the final table, once).
 
 Searchers:
 
-- cacp: our agent, one run for all targets. amc: the same agent, a run a target (AMC: an agent a target).
-- published: CACP as published, see `benchmarks.published_cacp`; stale batch norm while it searches. Its policies end
-  up to 0.4 % of the dense MACs above their target: up to 0.5 % is forgiven.
+- cacp: our agent, one run for all targets. amc: the same agent, a run a target, as AMC has an agent a target.
+- published: CACP as published, see `benchmarks.published_cacp`; channels ranked by l1, and stale batch norm while it
+  searches. Its policies end up to 0.4 % of the dense MACs above their target: up to 0.5 % is forgiven.
 - random: random policies, the best by fresh batch norm (EagleEye); random-between: at targets that cacp is asked for
   after its search, 100 each against its one. cma, nsga2: see `agents.evolution`.
 - sensitivity: FastNAS-like, see `cacp.methods.sensitivity`. uniform, taylor: without episodes.
@@ -21,7 +21,8 @@ Searchers:
   by-top1 and by-loss search with these.
 
 All but `published`, by-top1 and by-loss maximise the mean probability of the true class on the validation images, and
-it picks the policy of a target among those that meet it. What fine-tuning makes of them is in
+it picks the policy of a target among those that meet it. All weights are repaired by least squares before they are
+scored or judged; all but published and taylor rank channels by `reconstruction`. What fine-tuning makes of them is in
 `benchmarks.quality_finetuning`.
 """
 
@@ -46,7 +47,7 @@ from benchmarks.quality_searchers import SEARCHERS
 from benchmarks.quality_table import conclude
 from benchmarks.summarise import portable
 from cacp.budget import meets_targets
-from cacp.checkpoint import load_json, save_json
+from cacp.checkpoint import load_json, save_json, sha256
 from cacp.pipeline import environment, run_command
 from cacp.schema import Budget
 
@@ -66,7 +67,7 @@ def main() -> None:
             save_json(path, portable(searched(searcher, model, Cell(model, file, inputs.train, seed))))
             print(path.stem, f"{load_json(path)['seconds']:.0f} s", flush=True)
     if arguments.judge:
-        cells = [path for model in inputs.weights for path in sorted(arguments.work.glob(f"{model}_*_?.json"))]
+        cells = [path for model in inputs.weights for path in sorted(arguments.work.glob(f"{model}_*_*.json"))]
         rows = [measured(path, inputs) for path in cells]
         purse = {"policies_a_target": POLICIES, "validation": VALIDATION, "calibration": CALIBRATION}
         conclude(arguments, rows, TARGETS, {"purse": purse})
@@ -94,15 +95,22 @@ def measured(path: Path, inputs: Inputs) -> dict[str, Any]:
     """A cell, with the scores in fp32 of what it picked: on the test images, or else on the development split."""
     found = load_json(path)
     file = path.parent / ("development" if inputs.test is None else "test") / path.name
-    if not file.is_file():
-        cell = Cell(found["model"], inputs.weights[found["model"]], inputs.train, found["seed"])
-        cell.criterion = found["criterion"]
-        scorer = cell.scorer(cell.development if inputs.test is None else inputs.test)
-        policies = {target: picked["counts"] for target, picked in found["picked"].items() if picked}
-        scores = {target: scorer(cell.policy(tuple(counts))) for target, counts in policies.items()}
-        dense = cell.cost_model.dense.macs
-        save_json(file, {name: {**score.to_json(), "macs": score.cost.macs / dense} for name, score in scores.items()})
-    return {**{key: value for key, value in found.items() if key != "found"}, "measured": load_json(file)}
+    judged = load_json(file) if file.is_file() else {}
+    if judged.get("sha256") != sha256(path):
+        judged = {"sha256": sha256(path), "measured": scores_of(found, inputs)}
+        save_json(file, judged)
+    return {**{key: value for key, value in found.items() if key != "found"}, "measured": judged["measured"]}
+
+
+def scores_of(found: dict[str, Any], inputs: Inputs) -> dict[str, dict[str, float]]:
+    """By target, what the policies score that a cell picked."""
+    cell = Cell(found["model"], inputs.weights[found["model"]], inputs.train, found["seed"])
+    cell.criterion = found["criterion"]
+    scorer, dense = cell.scorer(cell.development if inputs.test is None else inputs.test), cell.cost_model.dense.macs
+    scores = {
+        target: scorer(cell.policy(tuple(picked["counts"]))) for target, picked in found["picked"].items() if picked
+    }
+    return {target: {**score.to_json(), "macs": score.cost.macs / dense} for target, score in scores.items()}
 
 
 def best_of(found: Sequence[Found], target: float, cell: Cell) -> Found | None:

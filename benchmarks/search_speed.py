@@ -7,8 +7,8 @@ Policies are drawn as the search's warm-up draws them: random search, the macs t
 criterion. Every system scores each of them on the same images, policy by policy; the order of the systems turns, and
 runs backwards every other time. Clocks are read when the device is done. Systems (A and B: see `benchmarks.peers`):
 
-- ours: `PolicyScorer` as search.py uses it; ours fp32: the same in fp32. A scorer sees a policy once; a repeat has
-  scorers of its own.
+- ours: `PolicyScorer` as search.py uses it, but for the repair of weights, which the others know nothing of; ours fp32:
+  the same in fp32. A scorer sees a policy once; a repeat has scorers of its own.
 - A: AMC's way, zeroed channels; B: Torch-Pruning's way. Both recalibrate batch norm as ours does.
 - A stale, B stale: as they come, without recalibration.
 
@@ -232,22 +232,21 @@ def build_peers(subject: Subject, images: PlainImages) -> tuple[dict[str, Peer],
 def check_peers(
     subject: Subject, images: PlainImages, peers: Mapping[str, Peer], drawn: Sequence[Drawn]
 ) -> dict[str, dict[str, float]]:
-    """Largest differences between the logits of A, B and the sliced network, relative to the largest logit; fp32.
+    """Largest differences between the logits of A, B and the sliced network, unrepaired, relative to the largest logit;
+    fp32.
 
     Raises:
         RuntimeError: where they are too large: then a peer does other work than ours, and its time says nothing.
     """
-    scorer = subject.scorer(torch.float32)
     batch = images.validation[: 2 * AMC_BATCH].to(subject.device)  # (B, C, H, W)
     differences = {name: {"stale": 0.0, "recalibrated": 0.0} for name in peers}
     for (name, peer), (policy, _, _) in itertools.product(peers.items(), drawn):
         with torch.enable_grad():  # Torch-Pruning's tracing needs it
             model = peer.prepare(policy)
-        for kind, ours in (
-            ("stale", slice_model(subject.model, subject.groups, policy)),
-            ("recalibrated", scorer.sliced(policy)),
-        ):
+        ours = slice_model(subject.model, subject.groups, policy).eval()
+        for kind in ("stale", "recalibrated"):
             if kind == "recalibrated":
+                images.recalibrate(ours)
                 peer.recalibrate(model)
             expected = ours(batch)  # (B, classes)
             difference = ((model(batch) - expected).abs().max() / expected.abs().max()).item()

@@ -43,9 +43,9 @@ class Subject(NamedTuple):
         return device_of(self.model)
 
     def scorer(self, precision: torch.dtype, profile: Profile | None = None) -> PolicyScorer:
-        return PolicyScorer(
-            self.model, self.groups, self.validation, self.calibration, self.normalisation, precision, profile
-        )
+        """Without repair, which the other systems do not know."""
+        sets = self.validation, self.calibration
+        return PolicyScorer(self.model, self.groups, *sets, self.normalisation, precision, profile, repair=False)
 
 
 def subject_of(experiment: Experiment) -> Subject:

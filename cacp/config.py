@@ -17,7 +17,7 @@ import jsonargparse
 import yaml
 
 from cacp.checkpoint import write_atomically
-from cacp.experiment import FINETUNE, IDENTITY, MACHINE, POLICY, TRAINING, Experiment, macs_target
+from cacp.experiment import FINETUNE, IDENTITY, MACHINE, POLICY, TRAINING, Experiment, kept_fraction, macs_target
 from cacp.schema import COSTS, UserError
 
 _COMMAND_STAGES = {
@@ -92,7 +92,8 @@ def _parser(
         help_text = "run folder, for example runs/digits_resnet56 (or give --output or --config)"
         parser.add_argument("run", metavar="RUN", nargs="?", help=help_text)
     if command == "search":
-        parser.add_argument("--ask", type=float | None, help="after the search: one greedy policy for this macs target")
+        help_text = "after the search: the policy that promises most at this macs target, trained or not"
+        parser.add_argument("--ask", type=kept_fraction, help=help_text)
         parser.add_argument("--profile", action="store_true", help="print at the end where the time went")
     own = [item for item in dataclasses.fields(Experiment) if item.metadata["stage"] in _COMMAND_STAGES[command]]
     rest = [item for item in dataclasses.fields(Experiment) if item not in own]

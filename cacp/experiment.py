@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,7 +72,7 @@ class Experiment:
     targets: list[float | str] = _setting(
         (0.3, 0.5, 0.7), POLICY, "macs targets: kept fractions of the dense MACs, in (0, 1]; or a range, 0.3:0.8"
     )
-    criterion: str = _setting("l1", POLICY, f"ranks the channels: one of {', '.join(CRITERIA)}")
+    criterion: str = _setting("reconstruction", POLICY, f"ranks the channels: one of {', '.join(CRITERIA)}")
     macs: float | None = _setting(None, POLICY, "instead of targets, one budget: kept fraction of the dense MACs")
     params: float | None = _setting(None, POLICY, "kept fraction of the dense parameters; alone, or together with macs")
     scope: str = _setting("inner", POLICY, "inner (channels inside a block) or all (residual streams too)")
@@ -213,7 +214,7 @@ def _wrong_targets(experiment: Experiment) -> list[str]:
         low, high = experiment.target_range
         if not high - low >= 0.05:
             wrong.append(f"a range of targets must be at least 0.05 wide, LOW:HIGH, but got {given[0]!r}")
-        if experiment.agent not in ("cacp", "random"):
+        if experiment.agent in AGENTS and experiment.agent != "cacp":
             wrong.append(f"agent {experiment.agent} takes a list of targets, but got {given[0]!r}; use --agent cacp")
     elif any(high - low < 0.01 - 1e-9 for low, high in itertools.pairwise(targets)):
         wrong.append(f"targets must lie at least 0.01 apart, but got {targets}")
@@ -236,16 +237,37 @@ def macs_target(text: float | str) -> float | str:
     """A macs target, or a range LOW:HIGH of them as it is written.
 
     Raises:
-        ValueError: if it is neither.
+        ArgumentTypeError: if it is neither.
     """
-    if isinstance(text, str) and _ends(text) is not None:
-        return text
-    return float(text)
+    if isinstance(text, str) and ":" in text:
+        try:
+            low, high = map(float, text.split(":"))
+        except ValueError as error:
+            raise ArgumentTypeError(f"a range of targets is LOW:HIGH, like 0.3:0.8, but got {text!r}") from error
+        return f"{low:g}:{high:g}"
+    return kept_fraction(text)
+
+
+def kept_fraction(text: float | str) -> float:
+    """A target in (0, 1].
+
+    Raises:
+        ArgumentTypeError: if it is none.
+    """
+    try:
+        target = float(text)
+    except (TypeError, ValueError):
+        target = math.nan
+    if not 0 < target <= 1:
+        raise ArgumentTypeError(
+            f"targets must be kept fractions in (0, 1], but got {text!r}; 0.5 keeps half of the MACs"
+        )
+    return target
 
 
 def _ends(target: float | str) -> tuple[float, float] | None:
     """LOW and HIGH of a range; None for anything else."""
-    if not isinstance(target, str) or ":" not in target:
+    if not isinstance(target, str):
         return None
-    low, _, high = target.partition(":")
-    return float(low), float(high)
+    low, high = map(float, target.split(":"))
+    return low, high

@@ -7,13 +7,21 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from cacp.budget import in_window, meets_targets
 from cacp.checkpoint import save_csv
 from cacp.schema import Budget, Cost, Score, UserError
+
+
+class Candidate(NamedTuple):
+    """A policy with its score in the search; episode 0 was planned after it."""
+
+    counts: tuple[int, ...]
+    score: Score
+    episode: int
 
 
 class Episode(NamedTuple):
@@ -43,8 +51,9 @@ class Episode(NamedTuple):
         return [*values, "-".join(map(str, self.counts))]
 
     @property
-    def score(self) -> Score:
-        return Score(self.top1, self.loss, self.probability, Cost(self.macs, self.params))
+    def candidate(self) -> Candidate:
+        score = Score(self.top1, self.loss, self.probability, Cost(self.macs, self.params))
+        return Candidate(self.counts, score, self.episode)
 
 
 class History:
@@ -90,14 +99,6 @@ class History:
         """The budget whose target lies nearest."""
         return min(self._budgets.values(), key=lambda budget: abs(budget.mean_target - target))
 
-    def tradeoff(self) -> list[Episode]:
-        """The policies that no cheaper one beats, by macs: the best with at most x macs is the last up to x."""
-        front: list[Episode] = []
-        for episode in sorted(self.episodes, key=lambda episode: (episode.macs, -_quality(episode))):
-            if not front or _quality(episode) > _quality(front[-1]):
-                front.append(episode)
-        return front
-
     def _take(self, episode: Episode) -> None:
         self.episodes.append(episode)
         cost = Cost(episode.macs, episode.params)
@@ -109,6 +110,15 @@ class History:
             leader = self.leaders.get(name)
             if leader is None or _quality(episode) > _quality(leader):
                 self.leaders[name] = episode
+
+
+def tradeoff(candidates: Iterable[Candidate]) -> list[Candidate]:
+    """The policies that no cheaper one beats, by macs: the best with at most x macs is the last up to x."""
+    front: list[Candidate] = []
+    for one in sorted(candidates, key=lambda one: (one.score.cost.macs, -one.score.probability)):
+        if not front or one.score.probability > front[-1].score.probability:
+            front.append(one)
+    return front
 
 
 def _quality(episode: Episode) -> float:

@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -25,7 +25,7 @@ from cacp.budget import check_reachable
 from cacp.checkpoint import load_json, save_json
 from cacp.config import differences, save_config, stage_keys
 from cacp.cost import CostModel
-from cacp.data import ImageData, Splits, load_dataset, make_splits, normalise
+from cacp.data import Splits, load_dataset, make_splits, normalise
 from cacp.dense import DenseModel, checked_top1, import_weights, load_dense, published_weights
 from cacp.evaluation import device_of, resolve_precision
 from cacp.experiment import IDENTITY, POLICY, TRAINING, Experiment
@@ -37,6 +37,8 @@ from cacp.schema import ChannelGroups, Normalisation, Policy, Score, UserError
 from cacp.scoring import CALIBRATION_BATCH, PolicyScorer
 from cacp.slicing import counts_policy
 from cacp.training import Recipe
+
+GRADIENT_IMAGES = 10_000  # training images of the criterion taylor
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _PACKAGES = ("torch", "torchvision", "gymnasium", "stable-baselines3", "numpy", "safetensors")
@@ -258,25 +260,27 @@ class Workbench:
     cost_model: CostModel
     scorer: PolicyScorer  # on the validation images, in the precision of the search
     rescorer: PolicyScorer  # on the holdout images, fp32, batch norm recalibrated on all calibration images
-    calibration: ImageData
+    splits: Splits
     seed: int
 
     def importance(self, criterion: str) -> dict[str, Tensor]:
-        """Channel scores; a criterion that needs gradients gets the calibration images."""
-        model, batches = self.dense.model, list[tuple[Tensor, Tensor]]()
-        if criterion == "taylor":
-            batches = labelled_batches(self.calibration, self.dense.normalisation, device_of(model))
+        """Channel scores."""
+        model = self.dense.model
+        batches = criterion_batches(criterion, self.splits, self.dense.normalisation, device_of(model))
         return channel_importance(model, self.groups, criterion, batches, self.seed)
 
 
-def labelled_batches(
-    data: ImageData, normalisation: Normalisation, device: torch.device
-) -> list[tuple[Tensor, Tensor]]:
-    """Batches of images (B, C, H, W), normalised, and labels (B,), for a criterion that needs gradients."""
-    return [
-        (normalise(data.batch(indices), normalisation, device), data.labels[indices].to(device))
-        for indices in torch.arange(len(data)).split(CALIBRATION_BATCH)
-    ]
+def criterion_batches(
+    criterion: str, splits: Splits, normalisation: Normalisation, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of training images (B, C, H, W), normalised, and labels (B,), for a criterion that needs them: as many as
+    calibrate batch norm, or for gradients, which differ much from batch to batch, GRADIENT_IMAGES.
+    """
+    data = splits.calibration
+    if criterion == "taylor":
+        data = splits.train.subset(torch.arange(min(GRADIENT_IMAGES, len(splits.train))))
+    for indices in torch.arange(len(data)).split(CALIBRATION_BATCH):
+        yield normalise(data.batch(indices), normalisation, device), data.labels[indices].to(device)
 
 
 def build_workbench(experiment: Experiment, profile: Profile | None = None) -> Workbench:
@@ -298,7 +302,7 @@ def build_workbench(experiment: Experiment, profile: Profile | None = None) -> W
         cost_model=CostModel(groups),
         scorer=PolicyScorer(model, groups, splits.validation, searching, normalisation, precision, profile),
         rescorer=PolicyScorer(model, groups, splits.holdout, calibration, normalisation),
-        calibration=calibration,
+        splits=splits,
         seed=experiment.seed,
     )
 

@@ -19,7 +19,7 @@ from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
 from torch.utils.tensorboard import SummaryWriter
 
 from cacp.checkpoint import save_csv, write_atomically
-from cacp.history import Episode
+from cacp.history import Candidate, Episode
 from cacp.policies import load_policies
 from cacp.profiling import Profile
 from cacp.schema import ChannelGroups, Cost
@@ -134,27 +134,28 @@ def policy_figure(groups: ChannelGroups, counts: Sequence[int], title: str) -> F
     return figure
 
 
-def save_tradeoff(folder: Path, front: Sequence[Episode], dense: Cost, dense_top1: float) -> None:
+def save_tradeoff(folder: Path, front: Sequence[Candidate], dense: Cost) -> None:
     """Write the trade-off curve of a search: tradeoff.csv, a row a policy, and tradeoff.svg.
 
     Args:
         folder: of the search.
-        front: `History.tradeoff()`.
+        front: from `cacp.history.tradeoff`.
         dense: cost of the dense model.
-        dense_top1: of the dense model on the validation images.
     """
+    kept = [one.score.cost.macs / dense.macs for one in front]
     rows = [
-        [f"{one.macs / dense.macs:.6f}", one.macs, one.top1, one.loss, one.probability, one.episode] for one in front
+        [f"{part:.6f}", one.score.cost.macs, *one.score[:3], one.episode] for part, one in zip(kept, front, strict=True)
     ]
     save_csv(folder / "tradeoff.csv", [["macs_kept", "macs", "top1", "loss", "probability", "episode"], *rows])
     figure = Figure(figsize=(6, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    kept = [episode.macs / dense.macs for episode in front]
-    axes.step([*kept, 1.0], [100 * episode.top1 for episode in (*front, front[-1])], where="post", color="#2563a8")
-    axes.plot(1.0, 100 * dense_top1, "o", color="#444444", label="dense")
+    lines = {"probability of the true class, which picks the policy": "probability", "top-1 of that policy": "top1"}
+    for (label, number), colour in zip(lines.items(), ("#2563a8", "#b45309"), strict=True):
+        values = [100 * getattr(one.score, number) for one in (*front, front[-1])]
+        axes.step([*kept, 1.0], values, where="post", color=colour, label=label)
     axes.set_xlabel("MACs kept at most")
-    axes.set_ylabel("best top-1 on the validation images, %")
+    axes.set_ylabel("on the validation images, before fine-tuning, %")
     axes.legend(frameon=False)
     image = io.StringIO()
     figure.savefig(image, format="svg", metadata={"Date": None})

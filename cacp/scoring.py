@@ -1,6 +1,8 @@
-"""policy -> Score: slice the model, recalibrate batch norm on training images, evaluate on validation images.
+"""policy -> Score: slice the model, repair its weights and recalibrate batch norm on training images, evaluate on
+validation images.
 
-Recalibration before evaluation is what makes the score of an untuned policy mean something (EagleEye, ECCV 2020).
+Recalibration before evaluation is what makes the score of an untuned policy mean something (EagleEye, ECCV 2020); the
+repair is worth as much again (results/LOG.md).
 `PolicyScorer.sliced` and `evaluate` say in plain PyTorch what a score is; scoring itself runs the same on a
 `FusedNetwork`, a batch a thread.
 """
@@ -12,7 +14,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cached_property, partial
 from typing import TypeVar
 
 import torch
@@ -31,6 +33,7 @@ from cacp.evaluation import (
 )
 from cacp.fusion import FusedNetwork, Unfusable
 from cacp.profiling import Profile
+from cacp.repair import Repair
 from cacp.schema import ChannelGroups, Cost, Normalisation, Policy, Score
 from cacp.slicing import slice_model
 
@@ -50,10 +53,11 @@ class PolicyScorer:
         model: dense model in fp32 on its device; put in eval mode, else left as it is.
         groups: of this model.
         validation: images that the score is measured on.
-        calibration: training images for batch-norm statistics.
+        calibration: training images for repair and batch-norm statistics.
         normalisation: that the weights expect.
         precision: of the convolutions while scoring; batch-norm statistics and loss stay in fp32.
-        profile: gets the seconds of slicing, recalibration and evaluation.
+        profile: gets the seconds of slicing, repair, recalibration and evaluation.
+        repair: False leaves the weights as they were cut out.
     """
 
     def __init__(
@@ -65,6 +69,7 @@ class PolicyScorer:
         normalisation: Normalisation,
         precision: torch.dtype = torch.float32,
         profile: Profile | None = None,
+        repair: bool = True,
     ) -> None:
         check_batching("validation", len(validation), EVALUATION_BATCH)
         check_batching("calibration", len(calibration), CALIBRATION_BATCH)
@@ -73,6 +78,7 @@ class PolicyScorer:
         self._cost_model = CostModel(groups)
         self._precision = precision
         self._profile = profile or Profile()
+        self._repairs = repair
         self._device = device_of(model)
         self._labels = validation.labels.to(self._device)  # (V,)
         self._images = _prepared(validation, normalisation, self._device, precision)  # (V, C, H, W)
@@ -97,6 +103,10 @@ class PolicyScorer:
         """Whether policies are scored on a fused network; if not, in plain PyTorch, as a warning has said."""
         return self._network is not None
 
+    @cached_property
+    def _repair(self) -> Repair:
+        return Repair(self._model, self._groups, self._calibration.float())
+
     def __call__(self, policy: Policy) -> Score:
         key = tuple(tuple(policy.keep[group.name]) for group in self._groups.prunable)
         if key not in self._scores:
@@ -109,8 +119,9 @@ class PolicyScorer:
             sliced = self.sliced(policy)
             with self._profile.phase("evaluation"):
                 return Score(*self.evaluate(sliced), cost)
+        repaired = self.repaired(policy)
         with self._profile.phase("slicing"):
-            network.load(slice_model(self._model, self._groups, policy))
+            network.load(repaired)
         with self._profile.phase("recalibration"):
             network.set_statistics(self._calibration_threads.map(network.moments, self._calibration_batches))
         with self._profile.phase("evaluation"):
@@ -122,10 +133,18 @@ class PolicyScorer:
         images, labels = batch
         return answer_sums(network(images), labels)
 
-    def sliced(self, policy: Policy) -> nn.Module:
-        """The pruned model in eval mode, batch norm recalibrated."""
+    def repaired(self, policy: Policy) -> nn.Module:
+        """The pruned model, its weights repaired, batch norm with the dense model's statistics."""
         with self._profile.phase("slicing"):
             model = slice_model(self._model, self._groups, policy).to(memory_format=torch.channels_last)
+        if self._repairs:
+            with self._profile.phase("repair"):
+                self._repair(model, policy)
+        return model
+
+    def sliced(self, policy: Policy) -> nn.Module:
+        """The pruned model in eval mode, its weights repaired, batch norm recalibrated."""
+        model = self.repaired(policy)
         with self._profile.phase("recalibration"), autocast(self._device, self._precision):
             recalibrate_batchnorm(model, self._calibration, CALIBRATION_BATCH)
         return model.eval()

@@ -39,7 +39,8 @@ def slice_model(model: nn.Module, groups: ChannelGroups, policy: Policy) -> nn.M
     for axis in groups.axes:
         key = (axis.segments, axis.repeat)
         if key not in selections:
-            selections[key] = _kept(axis, groups, policy.keep, device)
+            entries = kept_entries(axis, groups, policy)
+            selections[key] = None if entries is None else _Kept(entries, torch.tensor(entries, device=device))
         kept = selections[key]
         if kept is None:
             continue
@@ -110,18 +111,17 @@ class _Kept(NamedTuple):
     tensor: Tensor
 
 
-def _kept(axis: Axis, groups: ChannelGroups, keep: Mapping[str, Sequence[int]], device: torch.device) -> _Kept | None:
-    """What stays of an axis; None where all does."""
+def kept_entries(axis: Axis, groups: ChannelGroups, policy: Policy) -> list[int] | None:
+    """The entries of an axis that a policy keeps, sorted; None where all stay."""
     kept: list[int] = []
     offset = 0
     for name in axis.segments:
         channels = groups[name].channels
-        kept += [offset + index for index in keep.get(name, range(channels))]
+        kept += [offset + index for index in policy.keep.get(name, range(channels))]
         offset += channels
     if len(kept) == offset:
         return None
-    entries = [index * axis.repeat + entry for index in kept for entry in range(axis.repeat)]
-    return _Kept(entries, torch.tensor(entries, device=device))
+    return [index * axis.repeat + entry for index in kept for entry in range(axis.repeat)]
 
 
 def _cut(module: nn.Module, role: str, kept: Tensor) -> None:

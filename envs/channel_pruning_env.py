@@ -14,6 +14,8 @@ from cacp.schema import Budget, ChannelGroups, Score, UserError
 from envs.observation import features, observe
 from envs.rehearsal import Rehearsal
 
+GOLDEN_RATIO = (5**0.5 - 1) / 2  # multiples of it, modulo 1, leave the smallest gaps
+
 
 class EpisodeResult(NamedTuple):
     """A finished episode, in `info["result"]` of its last step."""
@@ -25,7 +27,7 @@ class EpisodeResult(NamedTuple):
 
 
 class TargetRange(NamedTuple):
-    """Targets drawn uniformly from [low, high] at every reset."""
+    """Targets that cover [low, high] evenly, episode after episode, without a repetition (a golden-ratio sequence)."""
 
     low: float
     high: float
@@ -52,7 +54,7 @@ class ChannelPruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     0 until the last group; there `reward_fn(score, target)` of `score_fn(counts)`.
 
     ## Starting State
-    No group chosen. The target is the next of `targets` in turn (round robin), or drawn from a `TargetRange`.
+    No group chosen. The target is the next of `targets` in turn (round robin), or of a `TargetRange`.
 
     ## Episode End
     Terminated at the last group; never truncated. `info["result"]` of that step is an `EpisodeResult`.
@@ -61,7 +63,7 @@ class ChannelPruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     `reset(options={"target": 0.42})` asks for a MACs target, and so does `{"target": {"macs": 0.42}}`; of a budget of
     several costs, `targets=Budget({"macs": 0.5, "params": 0.6})`, each may be asked for anew, `{"target": {"macs": 0.4,
     "params": 0.6}}`. `rehearsal` plays episodes without a score (see `envs.rehearsal`). `episodes_started` counts the
-    round robin and may be set, to go on with an earlier run; a seed sets it as well (seed + n goes on after n episodes
+    targets and may be set, to go on with an earlier run; a seed sets it as well (seed + n goes on after n episodes
     of a run that began with seed), so that one seed is one trajectory.
 
     ## Differences from the paper
@@ -133,7 +135,8 @@ class ChannelPruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
 
     def _next_budget(self) -> Budget:
         if isinstance(self._targets, TargetRange):
-            target = float(self.np_random.uniform(*self._targets))
+            low, high = self._targets
+            target = low + (high - low) * ((self.episodes_started + 0.5) * GOLDEN_RATIO % 1.0)
         else:
             target = self._targets[self.episodes_started % len(self._targets)]
         self.episodes_started += 1

@@ -454,13 +454,32 @@ def test_values_are_logged_and_only_the_caller_dumps() -> None:
     assert set(recorder.rows[5]) == {f"agent/{name}" for name in names}
 
 
-def test_random_search_has_the_moments_of_its_distribution() -> None:
-    agent = RandomSearch(ToyEnv(), seed=1)
+def test_random_search_plays_the_even_share_then_keep_ratios_of_its_distribution() -> None:
+    env = ToyEnv()
+    agent = RandomSearch(env, seed=1)
     ends = play(agent, 600)
-    actions = np.array(actions_of(ends))  # (600, 6)
-    assert actions.std() == pytest.approx(0.4 * 0.9546, rel=0.03)  # N(0, 0.4^2) in [-1, 1], closed form
-    assert np.abs(actions.mean(axis=0)).max() < 0.08
     assert [end.episode for end in ends] == list(range(1, 601))
+    assert [end.source for end in ends] == ["even"] * 3 + ["random"] * 597
+    assert not np.array(actions_of(ends[:3])).any()
+    generator = np.random.default_rng(1)
+    for end in ends[3:]:
+        target = end.info["result"]["target"]
+        drawn = env.rehearsal.scaled(target, np.exp(0.3 * generator.standard_normal((1, 6))))
+        expected = env.rehearsal.imitate(target, drawn[0]).actions
+        assert end.info["result"]["actions"] == pytest.approx(tuple(expected), abs=1e-6)
+
+
+@pytest.mark.parametrize("algorithm", ["cma", "nsga2"])
+def test_evolution_plays_no_policy_twice(algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    env = ToyEnv()
+    fine = env.rehearsal._ratios
+    monkeypatch.setattr(env.rehearsal, "_ratios", lambda target, actions: np.round(4 * fine(target, actions)))
+    agent = make_agent(algorithm, env, TARGETS)
+    played = [end.info["result"] for end in play(agent, 90)]
+    ratios = [env.rehearsal._ratios(one["target"], np.array(one["actions"])) for one in played]
+    assert len({(one["target"], own.tobytes()) for one, own in zip(played, ratios, strict=True)}) == 90
+    asked = sum(len(study.trials) for study in agent._studies)  # type: ignore[union-attr]
+    assert asked > 100  # those known already are told to Optuna all the same
 
 
 @pytest.mark.parametrize("algorithm", ["cma", "nsga2"])

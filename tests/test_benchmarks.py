@@ -120,17 +120,17 @@ def test_amcs_loader_has_amcs_batches() -> None:
 
 
 def test_ours_runs_in_the_precision_of_a_search_and_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    built: list[torch.dtype] = []
+    built: list[tuple[torch.dtype, bool]] = []
 
     class Noted(PolicyScorer):
-        def __init__(self, *arguments: Any) -> None:
-            super().__init__(*arguments)
-            built.append(arguments[5])
+        def __init__(self, *arguments: Any, repair: bool) -> None:
+            super().__init__(*arguments, repair=repair)
+            built.append((arguments[5], repair))
 
     monkeypatch.setattr(speed_subject, "PolicyScorer", Noted)
     subject = make_subject()._replace(precision=torch.bfloat16)
     assert [system.name for system in search_speed.build_systems(subject, {})] == ["ours", "ours fp32"]
-    assert built == [torch.bfloat16, torch.float32]
+    assert built == [(torch.bfloat16, False), (torch.float32, False)]
 
 
 def test_dropped_entries_follow_segments_and_repeats() -> None:

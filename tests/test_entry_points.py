@@ -186,6 +186,11 @@ def test_a_range_of_targets_gives_a_policy_for_every_tenth_and_a_tradeoff_curve(
     kept, probabilities = ([float(row[column]) for row in front] for column in ("macs_kept", "probability"))
     assert kept == sorted(set(kept)) and len(kept) > 1
     assert probabilities == sorted(set(probabilities))
+    macs = [int(row["macs"]) for row in front]
+    for path in (folder / "policies").glob("*.json"):  # planned after the episodes, and on the curve or under it
+        policy = json.loads(path.read_text())
+        within = [best for best, cost in zip(probabilities, macs, strict=True) if cost <= policy["cost"]["macs"]]
+        assert max(within) >= policy["search_score"]["probability"]
     assert "<svg" in (folder / "search" / "tradeoff.svg").read_text()
     assert "goes on" not in call("search", *arguments)  # done already
 
@@ -282,10 +287,13 @@ def test_a_method_and_a_search_do_not_share_a_folder(call: Call, finished: Path)
         ("search", ["--output=x", "--criterion=l3"], ["criterion must be one of l1", "'l3'"]),
         ("search", ["--output=x", "--targets", "0.5", "1.5"], ["targets must be kept fractions in (0, 1]", "1.5"]),
         ("search", ["--output=x", "--targets", "nan"], ["targets", "nan"]),
-        ("search", ["--output=x", "--targets", "0.3:half"], ["targets", "0.3:half"]),
+        ("search", ["--output=x", "--targets", "0.3:half"], ["a range of targets is LOW:HIGH", "0.3:half"]),
+        ("search", ["--output=x", "--targets", "0.3:0.5:0.7"], ["a range of targets is LOW:HIGH", "0.3:0.5:0.7"]),
+        ("search", ["--output=x", "--ask", "half"], ["--ask", "kept fractions in (0, 1]", "'half'"]),
         ("search", ["--output=x", "--targets", "0.6:0.4"], ["a range of targets must be", "'0.6:0.4'"]),
         ("search", ["--output=x", "--targets", "0.3:0.6", "0.7"], ["or one range like 0.3:0.8, not both", "0.3:0.6"]),
         ("search", ["--output=x", "--targets=0.3:0.6", "--agent=cma"], ["agent cma takes a list of targets"]),
+        ("search", ["--output=x", "--targets=0.3:0.6", "--agent=random"], ["agent random takes a list of targets"]),
         ("search", ["--output=x", "--mean", "125", "123", "114", "--std", "58", "57", "57"], ["mean must be three"]),
         ("search", ["--output=x", "--colour=red"], ["colour"]),
         ("search", ["--output=x", "--episodes=many"], ["episodes", "many"]),
@@ -359,7 +367,8 @@ def test_a_missing_policy_or_export_is_named(call: Call, finished: Path, tmp_pat
 def test_settings_of_the_run_hold_wherever_its_name_stands(call: Call, finished: Path) -> None:
     assert "epochs: 1 -> 3" in call("finetune", "--epochs=3", finished, status=2)
     assert "seed: 0 -> 1" in call("finetune", finished, "--seed=1", status=2)
-    assert "criterion: 'l1' -> 'l2'" in call("search", "--ask=0.45", "--criterion=l2", "--output", finished, status=2)
+    ranked_by_l2 = call("search", "--ask=0.45", "--criterion=l2", "--output", finished, status=2)
+    assert "criterion: 'reconstruction' -> 'l2'" in ranked_by_l2
     assert "scope: 'inner' -> 'all'" in call("export", finished, "--scope=all", status=2)
 
 

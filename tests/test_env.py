@@ -158,13 +158,14 @@ def test_budgets_of_other_costs_than_the_environments_are_refused(groups: Channe
         several.reset(options={"target": 0.5})
 
 
-def test_a_range_is_drawn_from_within_its_ends_and_by_the_seed(groups: ChannelGroups) -> None:
+def test_a_range_is_covered_evenly_and_resumes(groups: ChannelGroups) -> None:
     env = make(groups, targets=TargetRange(0.4, 0.6))
     first = [env.reset(seed=0 if index == 0 else None)[0][0] for index in range(200)]
-    again = [env.reset(seed=0 if index == 0 else None)[0][0] for index in range(200)]
-    assert first == again
-    assert 0.4 <= min(first) < 0.41 and 0.59 < max(first) <= 0.6
-    assert np.mean(first) == pytest.approx(0.5, abs=0.02)
+    assert [env.reset(seed=0 if index == 0 else None)[0][0] for index in range(200)] == first
+    gaps = np.diff([0.4, *sorted(first), 0.6])
+    assert gaps.min() >= 0 and gaps.max() < 0.2 / 200 * 2.7
+    env.episodes_started = 150
+    assert [env.reset()[0][0] for _ in range(50)] == first[150:]
 
 
 def test_one_seed_gives_one_trajectory(groups: ChannelGroups) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cacp.history import Episode, History
+from cacp.history import Episode, History, tradeoff
 from cacp.schema import Budget, Cost, UserError
 
 DENSE = Cost(1000, 100)
@@ -126,13 +126,11 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
         History(tmp_path / "episodes.csv", DENSE, BUDGETS, finished=1)
 
 
-def test_the_tradeoff_holds_what_no_cheaper_policy_beats(tmp_path: Path) -> None:
-    history = History(tmp_path / "episodes.csv", DENSE, BUDGETS)
-    for number, (macs, probability) in enumerate(
-        [(500, 0.6), (400, 0.5), (450, 0.4), (500, 0.7), (700, 0.7), (600, 0.65), (710, 0.8)], start=1
-    ):
-        history.append(episode(number, macs, probability=probability, counts=(number,)))
-    assert [(one.macs, one.probability) for one in history.tradeoff()] == [(400, 0.5), (500, 0.7), (710, 0.8)]
+def test_the_tradeoff_holds_what_no_cheaper_policy_beats() -> None:
+    points = [(500, 0.6), (400, 0.5), (450, 0.4), (500, 0.7), (700, 0.7), (600, 0.65), (710, 0.8)]
+    front = tradeoff(episode(number, macs, probability=one).candidate for number, (macs, one) in enumerate(points, 1))
+    assert [one.episode for one in front] == [2, 4, 7]
+    assert [(one.score.cost.macs, one.score.probability) for one in front] == [(400, 0.5), (500, 0.7), (710, 0.8)]
 
 
 def test_the_nearest_budget_of_a_target_from_a_range(tmp_path: Path) -> None:

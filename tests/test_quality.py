@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,13 +11,16 @@ import torch
 from conftest import resnet20
 from test_agents import ToyEnv, play
 
+from benchmarks import quality_cell, search_quality
+from benchmarks.quality_cell import Cell, Found
 from benchmarks.quality_searchers import WithoutActor, WithoutImagination, WithoutPlanner
 from benchmarks.quality_table import summed_up
-from benchmarks.repair import Repair
 from benchmarks.score_quality import correlated, numbers
-from cacp.graph import trace
-from cacp.importance import channel_importance, channel_orders
-from cacp.slicing import counts_policy, slice_model
+from benchmarks.search_quality import best_of
+from cacp.budget import uniform_counts
+from cacp.checkpoint import save_json, save_tensors
+from cacp.data import ImageData
+from cacp.schema import Budget
 
 
 def row(searcher: str, seed: int, **tops: float) -> dict:
@@ -53,31 +57,6 @@ def test_correlations_of_equal_and_reversed_ranks() -> None:
     assert wide[0] < 0 < wide[1]
 
 
-def test_repair_is_the_least_squares_fit_and_keeps_a_whole_network() -> None:
-    model = resnet20().eval()
-    groups = trace(model, torch.zeros(1, 3, 32, 32), "inner")
-    images = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    repair, orders = Repair(model, groups, images), channel_orders(channel_importance(model, groups, "l1"))
-    whole = counts_policy(groups, [group.channels for group in groups.prunable], orders, "l1")
-    same = repair(slice_model(model, groups, whole), whole.keep)
-    name = groups.prunable[0].consumers[0]
-    weight = model.get_submodule(name).weight
-    torch.testing.assert_close(same.get_submodule(name).weight, weight, atol=1e-2, rtol=0)
-
-    half = counts_policy(groups, [group.channels // 2 for group in groups.prunable], orders, "l1")
-    sliced = repair(slice_model(model, groups, half), half.keep)
-    inputs: list[torch.Tensor] = []
-    hook = model.get_submodule(name).register_forward_pre_hook(lambda module, given: inputs.append(given[0]))
-    with torch.no_grad():
-        model(images)
-    hook.remove()
-    patches = torch.nn.functional.unfold(inputs[0], 3, padding=1).transpose(1, 2).flatten(0, 1)  # (N H W, C 9)
-    kept = [channel * 9 + entry for channel in half.keep[groups.prunable[0].name] for entry in range(9)]
-    outputs = patches @ weight.detach().flatten(1).T
-    expected = torch.linalg.lstsq(patches[:, kept].double(), outputs.double()).solution.T.float()
-    torch.testing.assert_close(sliced.get_submodule(name).weight.flatten(1), expected, atol=1e-2, rtol=0)
-
-
 def test_ours_without_a_part_lacks_that_part_alone() -> None:
     plain = WithoutPlanner(ToyEnv(), warmup_episodes=3)
     assert {end.source for end in play(plain, 9)[3:]} == {"actor"}
@@ -90,3 +69,56 @@ def test_ours_without_a_part_lacks_that_part_alone() -> None:
 
     play(without_imagination := WithoutImagination(ToyEnv(), warmup_episodes=3), 9)
     assert without_imagination.replay_buffer.size() == 9 * 6
+
+
+@pytest.fixture(scope="module")
+def cell(tmp_path_factory: pytest.TempPathFactory) -> Cell:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (60, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    train = ImageData(pixels, torch.arange(60) % 10, tuple("abcdefghij"))
+    file = tmp_path_factory.mktemp("weights") / "resnet20.safetensors"
+    save_tensors(file, resnet20().state_dict())
+    with pytest.MonkeyPatch.context() as patch:
+        for name, count in (("VALIDATION", 10), ("CALIBRATION", 20), ("DEVELOPMENT", 20), ("POLICIES", 1)):
+            patch.setattr(quality_cell, name, count)
+        return Cell("resnet20", file, train, seed=0)
+
+
+def test_the_purse_pays_every_score_and_no_more(cell: Cell) -> None:
+    counts = uniform_counts(cell.cost_model, Budget({"macs": 0.5}))
+    assert cell.purse == 5  # a policy a target
+    scores = [cell.score(counts) for _ in range(4)]  # equal policies are paid too
+    assert scores[0] == scores[3] and 0 <= cell.stale_top1(counts) <= 1 and cell.scored == 5
+    with pytest.raises(AssertionError, match="the purse is empty"):
+        cell.score(counts)
+
+
+def test_no_image_of_a_cell_serves_two_ends(cell: Cell) -> None:
+    parts = [cell.development, cell.splits.validation, cell.splits.holdout, cell.splits.train]
+    images = [[image.tobytes() for image in part.batch(torch.arange(len(part))).numpy()] for part in parts]
+    assert [len(part) for part in images] == [20, 10, 10, 20]
+    assert len({image for part in images for image in part}) == 60
+    calibration = cell.splits.calibration.batch(torch.arange(20)).numpy()
+    assert {image.tobytes() for image in calibration} <= set(images[3])
+
+
+def test_a_target_gets_the_best_policy_that_meets_it(cell: Cell) -> None:
+    fits, over = (uniform_counts(cell.cost_model, Budget({"macs": macs})) for macs in (0.5, 0.504))
+    found = [Found(0.5, fits, 1.0), Found(0.5, over, 3.0), Found(0.6, fits, 4.0), Found(0.5, fits, 2.0)]
+    assert cell.cost_model.cost(over).macs > 0.5 * cell.cost_model.dense.macs
+    assert best_of(found, 0.5, cell) == Found(0.5, fits, 2.0) and best_of(found[1:2], 0.5, cell) is None
+    cell.forgiven = 0.005
+    assert best_of(found, 0.5, cell) == Found(0.5, over, 3.0)
+
+
+def test_a_judgement_is_of_the_cell_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    judged: list[dict] = []
+    scored = {"0.50": {"top1": 0.5}}
+    monkeypatch.setattr(search_quality, "scores_of", lambda found, inputs: judged.append(found) or scored)
+    inputs = quality_cell.Inputs({}, resnet20(), None)  # type: ignore[arg-type]
+    path = tmp_path / "resnet20_random_0.json"
+    for number in (1, 1, 2):
+        save_json(path, {"found": [], "number": number})
+        row = search_quality.measured(path, inputs)
+        assert row == {"number": number, "measured": scored}
+    assert [found["number"] for found in judged] == [1, 2]

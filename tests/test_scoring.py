@@ -19,6 +19,7 @@ from cacp.cost import counted_cost
 from cacp.data import ImageData
 from cacp.graph import trace
 from cacp.profiling import Profile
+from cacp.repair import Repair
 from cacp.schema import ChannelGroups, Normalisation, Policy, UserError
 from cacp.scoring import PolicyScorer, evaluation_batch
 from cacp.slicing import slice_model
@@ -72,6 +73,7 @@ def test_a_pruned_policy_scores_what_its_sliced_model_scores(model: nn.Module) -
     policy = random_policy(groups, 0)
     score = PolicyScorer(model, groups, VALIDATION, CALIBRATION, NORMALISATION)(policy)
     sliced = slice_model(model, groups, policy)
+    Repair(model, groups, by_hand(CALIBRATION))(sliced, policy)
     with torch.no_grad():
         logits = recalibrated(sliced, by_hand(CALIBRATION))(by_hand(VALIDATION))
         stale = sliced(by_hand(VALIDATION))
@@ -231,7 +233,7 @@ def test_an_unfusable_model_is_scored_in_plain_pytorch() -> None:
     policy = random_policy(groups, 0)
     assert not scorer.fused
     score = scorer(policy)
-    assert profile.seconds == {"slicing": 1, "recalibration": 1, "evaluation": 1}
+    assert profile.seconds == {"slicing": 1, "repair": 1, "recalibration": 1, "evaluation": 1}
     assert score[:3] == scorer.evaluate(scorer.sliced(policy))
 
 

@@ -44,14 +44,15 @@ def degradation_curves(
     Args:
         score: keep counts of all prunable groups -> a number, the higher the better.
         cost_model: of the groups.
-        evaluations: how many policies may be scored, shared evenly by the groups, at least one a group; the dense one
-            is one of them.
+        evaluations: how many policies may be scored, shared evenly by the groups as far as they have so many counts, at
+            least one a group; the dense one is one of them.
 
     Returns:
         For every group (channels + 1,), by count; nan below its minimum, 0 at the end.
     """
     whole = tuple(cost_model.channels.tolist())
-    dense, share = score(whole), max(1, (evaluations - 1) // len(whole))
+    spans = [channels - least for channels, least in zip(whole, cost_model.min_keep.tolist(), strict=True)]
+    dense, share = score(whole), _share(spans, evaluations - 1)
     curves = []
     for group, (channels, least) in enumerate(zip(whole, cost_model.min_keep.tolist(), strict=True)):
         widths = np.unique(np.linspace(least, channels, min(share, channels - least) + 1).round().astype(int))
@@ -60,6 +61,14 @@ def degradation_curves(
         counts = np.arange(channels + 1)
         curves.append(np.where(counts < least, np.nan, np.interp(counts, widths, monotone)))
     return curves
+
+
+def _share(spans: Sequence[int], evaluations: int) -> int:
+    """The most evaluations a group with which all have enough, where none takes more than its span."""
+    share = 1
+    while share < max(spans) and sum(min(share + 1, span) for span in spans) <= evaluations:
+        share += 1
+    return share
 
 
 def threshold_counts(curves: Sequence[np.ndarray], cost_model: CostModel, budget: Budget) -> tuple[int, ...]:
