@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -22,10 +22,10 @@ from agents import AGENTS, WARMUP_EPISODES
 from cacp.checkpoint import write_atomically
 from cacp.data import DATASETS
 from cacp.evaluation import PRECISIONS
-from cacp.graph import SCOPES
+from cacp.graph import MIN_KEEP_RATIO, SCOPES
 from cacp.importance import CRITERIA
 from cacp.methods import METHODS
-from cacp.models import MODEL_NAMES
+from cacp.models import MODEL_HELP, wrong_name
 from cacp.schema import UserError
 from cacp.training import SCHEDULES
 
@@ -33,6 +33,7 @@ from cacp.training import SCHEDULES
 # fine-tuning, or nothing but where and on what a command runs.
 IDENTITY, TRAINING, POLICY, FINETUNE, MACHINE = "identity", "training", "policy", "finetune", "machine"
 LARGEST_SEED = 2**32 - 1
+_LISTS = {"targets": "[0.3, 0.5]", "mean": "[0.5, 0.5, 0.5]", "std": "[0.2, 0.2, 0.2]", "ignore": "[layer1.*]"}
 _COMMAND_STAGES = {
     "pretrain": (IDENTITY, TRAINING),
     "search": (POLICY,),
@@ -55,7 +56,7 @@ class Experiment:
     """
 
     output: str = _setting("", MACHINE, "run folder (default: runs/ and the name of the config file)")
-    model: str = _setting("resnet56", IDENTITY, f"one of {', '.join(MODEL_NAMES)}")
+    model: str = _setting("resnet56", IDENTITY, MODEL_HELP)
     weights: str = _setting(
         "train", IDENTITY, "train, published, a weights file (.safetensors, .pt, .pth, .th), or another run's folder"
     )
@@ -87,6 +88,11 @@ class Experiment:
     )
     criterion: str = _setting("l1", POLICY, f"ranks the channels: one of {', '.join(CRITERIA)}")
     scope: str = _setting("inner", POLICY, "inner (channels inside a block) or all (residual streams too)")
+    ignore: list[str] = _setting(
+        (), POLICY, "channel groups that stay whole: patterns of their names, or of the layers that produce them"
+    )
+    min_keep: float = _setting(MIN_KEEP_RATIO, POLICY, "the least keep ratio of every group, in (0, 1]")
+    channel_multiple: int = _setting(1, POLICY, "keep counts are multiples of this number, or all channels of a group")
     search_calibration_images: int | None = _setting(
         None, POLICY, "only so many of the calibration images for the scores of episodes (default: all of them)"
     )
@@ -110,7 +116,8 @@ class Experiment:
         ]
         if empty:
             raise UserError("these settings are empty:\n  " + "\n  ".join(empty))
-        object.__setattr__(self, "targets", tuple(dict.fromkeys(self.targets)))
+        for key in ("targets", "ignore"):
+            object.__setattr__(self, key, tuple(dict.fromkeys(getattr(self, key))))
         wrong = [*_wrong_choices(self), *_wrong_numbers(self), *_wrong_targets(self)]
         if wrong:
             raise UserError("these settings are out of range:\n  " + "\n  ".join(wrong))
@@ -136,7 +143,6 @@ class Experiment:
 
 def _wrong_choices(experiment: Experiment) -> list[str]:
     choices: dict[str, Sequence[str]] = {
-        "model": MODEL_NAMES,
         "dataset": DATASETS,
         "criterion": CRITERIA,
         "scope": SCOPES,
@@ -146,7 +152,8 @@ def _wrong_choices(experiment: Experiment) -> list[str]:
         "finetune_schedule": SCHEDULES,
         "precision": PRECISIONS,
     }
-    return [
+    wrong = [fault] if (fault := wrong_name(experiment.model, importing=True)) else []
+    return wrong + [
         f"{key} must be one of {', '.join(known)}, but got {getattr(experiment, key)!r}"
         for key, known in choices.items()
         if getattr(experiment, key) not in known
@@ -163,8 +170,9 @@ def _wrong_numbers(experiment: Experiment) -> list[str]:
         "pretrain_epochs",
         "episodes",
         "finetune_epochs",
+        "channel_multiple",
     )
-    for key in (*positive, "pretrain_lr", "finetune_lr"):
+    for key in (*positive, "pretrain_lr", "finetune_lr", "min_keep"):
         value = getattr(experiment, key)
         if value is not None and not (math.isfinite(value) and value > 0):
             wrong.append(f"{key} must be above 0, but got {value}")
@@ -287,7 +295,7 @@ def _add_setting(group: Any, item: dataclasses.Field[Any], command: str) -> None
     listed = "list" in str(item.type)
     kind = {"int": int, "float": float, "str": str, "bool": bool, "int | None": int | None}.get(str(item.type))
     default = list(item.default) if isinstance(item.default, tuple) else item.default
-    element = macs_target if item.name == "targets" else float
+    element = {"targets": macs_target, "ignore": str}.get(item.name, float)
     keywords: dict[str, Any] = {"type": element, "nargs": "+"} if listed else {"type": kind}
     group.add_argument(*names, default=default, help=item.metadata["help"], **keywords)
 
@@ -312,8 +320,8 @@ def _check_files(paths: Sequence[str]) -> None:
         if not isinstance(settings, dict):
             raise UserError(f"config {path} must hold lines like `episodes: 900`, but got {settings!r:.60}")
         wrong = [
-            f"{key} must be a list like [0.3, 0.5], but got {settings[key]!r}"
-            for key in ("targets", "mean", "std")
+            f"{key} must be a list like {example}, but got {settings[key]!r}"
+            for key, example in _LISTS.items()
             if settings.get(key) is not None and not isinstance(settings[key], list)
         ]
         if wrong:
@@ -370,9 +378,14 @@ def differences(experiment: Experiment, keys: Sequence[str], folder: Path) -> li
     if not isinstance(there, dict):
         raise UserError(f"{path} is not a run's settings; use another --output")
     here = _plain_values(experiment)
-    return [f"{key}: {there.get(key)!r} -> {here[key]!r}" for key in keys if there.get(key) != here[key]]
+    there = _plain({item.name: item.default for item in dataclasses.fields(Experiment)}) | there  # of an older version
+    return [f"{key}: {there[key]!r} -> {here[key]!r}" for key in keys if there[key] != here[key]]
 
 
 def _plain_values(experiment: Experiment) -> dict[str, Any]:
     """Settings as YAML holds them."""
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in vars(experiment).items()}
+    return _plain(vars(experiment))
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}

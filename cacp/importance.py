@@ -57,7 +57,8 @@ def channel_importance(
 ) -> dict[str, Tensor]:
     """Scores (C,) float32 on the CPU of the channels of every prunable group.
 
-    A group with several producers (a residual stream) sums over them.
+    A group with several producers (a residual stream) sums over them. Channels that stay or go together, those of one
+    group of a grouped convolution, share the sum of their scores.
 
     Args:
         model: the dense model; its weights, gradients and mode are left as they are.
@@ -75,17 +76,24 @@ def channel_importance(
         return _taylor(model, groups, batches)
     if criterion == "random":
         generator = torch.Generator().manual_seed(seed)
-        return {group.name: torch.rand(group.channels, generator=generator) for group in groups.prunable}
-    score = _WEIGHT_CRITERIA[criterion]
-    return {
-        group.name: torch.stack([score(filters) for filters in _filters(model, group)]).sum(0).cpu()
-        for group in groups.prunable
-    }
+        scores = {group.name: torch.rand(group.channels, generator=generator) for group in groups.prunable}
+    else:
+        score = _WEIGHT_CRITERIA[criterion]
+        scores = {
+            group.name: torch.stack([score(filters) for filters in _filters(model, group)]).sum(0).cpu()
+            for group in groups.prunable
+        }
+    return {group.name: _shared(scores[group.name], group.block) for group in groups.prunable}
 
 
 def channel_orders(importance: dict[str, Tensor]) -> dict[str, Tensor]:
     """Channel indices (C,) of every group, the most important first; ties go to the lower index."""
     return {name: torch.argsort(scores, descending=True, stable=True) for name, scores in importance.items()}
+
+
+def _shared(scores: Tensor, block: int) -> Tensor:
+    """Scores (C,), those of every `block` channels in a row summed up and given to each of them."""
+    return scores.view(-1, block).sum(1).repeat_interleave(block)
 
 
 def _filters(model: nn.Module, group: ChannelGroup) -> list[Tensor]:
@@ -112,7 +120,7 @@ def _taylor(model: nn.Module, groups: ChannelGroups, batches: Iterable[tuple[Ten
                     torch.stack([slopes[id(norm.weight)] for norm in modules]),
                     torch.stack([slopes[id(norm.bias)] for norm in modules]),
                 )
-                sums[name] += (change**2).cpu()
+                sums[name] += (_shared(change, groups[name].block) ** 2).cpu()
             count += 1
     if not count:
         raise UserError("criterion taylor needs batches of training images, but got none")
@@ -124,7 +132,7 @@ def _batch_norms(model: nn.Module, groups: ChannelGroups) -> dict[str, list[nn.B
     norms: dict[str, list[nn.BatchNorm2d]] = {group.name: [] for group in groups.prunable}
     for axis in groups.axes:
         module = model.get_submodule(axis.module)
-        if isinstance(module, nn.BatchNorm2d) and module.affine and len(axis.segments) == 1:
+        if isinstance(module, nn.BatchNorm2d) and module.affine and len(axis.segments) == 1 == axis.repeat:
             norms.get(axis.segments[0], []).append(module)
     without = [name for name, modules in norms.items() if not modules]
     if without:

@@ -79,7 +79,7 @@ def observe(static: np.ndarray, walk: BudgetWalk, interval: KeepInterval | None)
     step = len(chosen)
     group = min(step, len(channels) - 1)
     least, most = walk.ends[:, 0] / walk.cost_model.dense.macs
-    low, even, high = interval or KeepInterval(chosen[-1], chosen[-1], chosen[-1])
+    low, even, high, _ = interval or KeepInterval(chosen[-1], chosen[-1], chosen[-1])
     observation = np.empty(FEATURES, dtype=np.float32)
     observation[0] = mean_target(walk.budget)
     observation[1] = step / len(channels)

@@ -84,7 +84,7 @@ def test_a_network_of_ones_own_is_built_by_its_function(tmp_path: Path) -> None:
         ({"normalisation": {"mean": [0.5]}}, "does not describe a pruned model: KeyError: 'std'"),
         ({"cost": 7}, "does not describe a pruned model: TypeError"),
         ({"scope": "outer"}, "scope must be one of inner, all, but got 'outer'"),
-        ({"keep_counts": {"layer1.0.conv1": 3}}, "layer1.1.conv1: missing"),
+        ({"keep_counts": {"layer1.0.conv1": 3}}, "wrong shape: layer1.1.conv1.weight"),
         ({"model": "resnet1001"}, "but got 'resnet1001'"),
         ({"classes": ["a"]}, "classes must be a whole number from 2 up, but got 1"),
         ({"classes": ["a", "b"]}, "wrong shape: linear.weight"),
