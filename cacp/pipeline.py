@@ -241,8 +241,8 @@ def channel_groups(experiment: Experiment, model: nn.Module, example: Tensor) ->
 
 
 def load_exported(experiment: Experiment, folder: Path) -> nn.Module:
-    """`load_pruned` for a folder of the run; the name in the run's settings, never the one in the file, builds a network
-    of the user's own."""
+    """`load_pruned` for a folder of the run; a network of the user's own is built by the name in the run's settings,
+    never by the one in the file."""
     if not is_own(experiment.model):
         return load_pruned(folder)
     classes = len(load_architecture(folder).classes)

@@ -53,12 +53,14 @@ def resnet20(seed: int = 0) -> nn.Module:
 
 
 def random_policy(groups: ChannelGroups, seed: int) -> Policy:
-    """Any number of channels of every prunable group, from one to all of them, at random."""
+    """Any number of channels of every prunable group, from one to all of them, at random; a block counts as one."""
     generator = np.random.default_rng(seed)
     keep = {}
     for group in groups.prunable:
-        count = int(generator.integers(1, group.channels + 1))
-        keep[group.name] = tuple(sorted(generator.choice(group.channels, count, replace=False).tolist()))
+        blocks = group.channels // group.block
+        count = int(generator.integers(1, blocks + 1))
+        chosen = sorted(generator.choice(blocks, count, replace=False).tolist())
+        keep[group.name] = tuple(block * group.block + index for block in chosen for index in range(group.block))
     return Policy(keep, "random")
 
 

@@ -27,7 +27,7 @@ from cacp.checkpoint import save_tensors
 from cacp.config import experiment_from, parse
 from cacp.models import build_model
 from cacp.pipeline import run_command
-from cacp.schema import PolicyRecord
+from cacp.schema import PolicyRecord, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = [
@@ -270,6 +270,60 @@ def test_a_folder_of_another_run_is_refused(call: Call, finished: Path, tmp_path
     assert "epochs: 1 -> 2" in call("finetune", finished, "--epochs=2", status=2)
 
 
+OWN = """
+from torch import nn
+
+def block(inputs, outputs, **more):
+    return [nn.Conv2d(inputs, outputs, 3, padding=1, **more), nn.BatchNorm2d(outputs), nn.ReLU()]
+
+def build(classes):
+    layers = [*block(3, 16), *block(16, 16, stride=2, groups=4), *block(16, 32, stride=2), *block(32, 32)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, classes))
+"""
+
+
+def test_a_network_of_ones_own_from_training_to_fine_tuning(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_entry.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    own = [*TINY, "--model=own_entry:build", "--channel_multiple=4", "--ignore", "9", "--min_keep=0.2", "--targets=0.5"]
+    folder = tmp_path / "run"
+    for command in ("pretrain", "prune", "export"):
+        call(command, *own, "--output", folder)
+    call("finetune", folder)
+    architecture = json.loads((folder / "finetune" / "macs-0.50" / "architecture.json").read_text())
+    assert architecture["model"] == "own_entry:build"
+    counts = architecture["keep_counts"]
+    assert set(counts) == {"0", "6"} and all(count % 4 == 0 for count in counts.values())
+    assert architecture["cost"]["macs"] <= 0.5 * architecture["dense_cost"]["macs"]
+    with pytest.raises(UserError, match="own_entry:build, and nothing that a file names is imported"):
+        cacp.load_pruned(folder / "finetune" / "macs-0.50")
+    model = cacp.load_pruned(folder / "finetune" / "macs-0.50", lambda: sys.modules["own_entry"].build(10))
+    assert [model[3].groups, model[3].in_channels, model[9].out_channels] == [counts["0"] // 4, counts["0"], 32]
+    refused = call("prune", *own[:-1], "--targets=0.5", "--ignore", "0", "--output", folder, status=2)
+    assert "ignore: ['9'] -> ['0']" in refused
+
+
+def test_settings_that_a_run_of_an_older_version_does_not_name_had_their_default(
+    call: Call, finished: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    lines = (folder / "config.yaml").read_text().splitlines()
+    older = [line for line in lines if not line.startswith(("ignore", "min_keep", "channel_multiple"))]
+    assert len(older) == len(lines) - 3
+    (folder / "config.yaml").write_text("\n".join(older))
+    call("export", folder)
+    assert "channel_multiple: 1 -> 8" in call("export", folder, "--channel_multiple=8", status=2)
+
+
+def test_a_pattern_that_matches_nothing_ends_before_training(call: Call, tmp_path: Path) -> None:
+    error = call("pretrain", *TINY, "--ignore", "layer1.0.conf1", "--output", tmp_path / "run", status=2)
+    assert "matches 'layer1.0.conf1'; near: layer1.0.conv1" in error
+    assert not (tmp_path / "run" / "dense").exists()
+
+
 def test_a_method_and_a_search_do_not_share_a_folder(call: Call, finished: Path) -> None:
     assert "holds policies of search cacp" in call("prune", *TINY, "--output", finished, status=2)
 
@@ -278,6 +332,9 @@ def test_a_method_and_a_search_do_not_share_a_folder(call: Call, finished: Path)
     ("command", "arguments", "words"),
     [
         ("search", ["--output=x", "--model=resnet57"], ["model must be one of resnet20", "'resnet57'"]),
+        ("search", ["--output=x", "--model=my_net.build"], ["package.module:function", "'my_net.build'"]),
+        ("search", ["--output=x", "--min_keep=0"], ["min_keep must be above 0, but got 0.0"]),
+        ("search", ["--output=x", "--channel_multiple=0"], ["channel_multiple must be above 0, but got 0"]),
         ("search", ["--output=x", "--dataset=cifar11"], ["dataset must be one of digits", "'cifar11'"]),
         ("search", ["--output=x", "--criterion=l3"], ["criterion must be one of l1", "'l3'"]),
         ("search", ["--output=x", "--targets", "0.5", "1.5"], ["targets must be kept fractions in (0, 1]", "1.5"]),
@@ -317,6 +374,7 @@ def test_bad_settings_end_in_one_message(call: Call, command: str, arguments: li
         ("", ["must hold lines like `episodes: 900`"]),
         ("targets: 0.5", ["targets must be a list", "got 0.5"]),
         ("targets: '0.3:0.8'", ["targets must be a list", "'0.3:0.8'"]),
+        ("ignore: layer1.*", ["ignore must be a list like [layer1.*], but got 'layer1.*'"]),
         ("seed: null", ["seed must have a value"]),
         ("colour: red", ["colour"]),
         ("model: [", ["mine.yaml cannot be read"]),
