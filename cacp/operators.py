@@ -117,7 +117,7 @@ def changes_pixel_axes_only(node: fx.Node) -> bool:
 
 
 def counted_tensor(size: Any) -> fx.Node | None:
-    """The tensor whose number of channels an argument is: x of `x.shape[1]`, `x.size(1)` or `_, c, *_ = x.size()`."""
+    """The tensor whose number of channels an argument is: x of `x.shape[1]`, `x.size(1)` or `_, c, _, _ = x.size()`."""
     if not isinstance(size, fx.Node):
         return None
     if size.op == "call_method" and size.target == "size" and size.args[1:] == (1,):

@@ -5,21 +5,24 @@ The slow tests take every network; the others a small one of every kind.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import keep_all, lively, policy_counts, random_policy
+import torch.nn.functional as F
+from conftest import Net, keep_all, lively, policy_counts, random_policy
 from torch import Tensor, nn
 
 from cacp.cost import CostModel, counted_cost
 from cacp.evaluation import recalibrate_batchnorm
 from cacp.fusion import FusedNetwork
 from cacp.graph import trace
+from cacp.importance import channel_importance, channel_orders
 from cacp.models import CIFAR_NAMES, TORCHVISION_NAMES, build_model
-from cacp.schema import Axis, ChannelGroup, ChannelGroups, Policy
-from cacp.slicing import slice_model
+from cacp.schema import Axis, ChannelGroup, ChannelGroups, Policy, UserError
+from cacp.slicing import counts_policy, slice_model
 
 CLASSES = 7
 LEAST_SIZE = {"inception_v3": 75}  # pixels; 64 for the others
@@ -134,6 +137,117 @@ def test_sliced_networks_are_fused(name: str) -> None:
     recalibrate_batchnorm(sliced, x, len(x))
     expected = outputs(sliced, x)
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-3 * expected.abs().max().item())
+
+
+# small networks of one kind of coupling each --------------------------------------------------------------------------
+
+
+def conv(inputs: int, outputs: int, **more: int) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, padding=1, **more)
+
+
+def ghost(m: nn.Module, x: Tensor) -> Tensor:
+    """Half of the channels are made of the other half by a depthwise convolution (Han et al., CVPR 2020)."""
+    primary = torch.relu(m.norm(m.a(x)))
+    return m.out(torch.cat([primary, m.cheap(primary)], 1).mean((2, 3)))
+
+
+def widened(m: nn.Module, x: Tensor) -> Tensor:
+    return m.out(torch.relu(m.norm(m.grouped(m.wide(m.a(x))))).flatten(1))
+
+
+def dense_and_grouped(m: nn.Module, x: Tensor) -> Tensor:
+    x = torch.cat([m.a(x), m.b(x)], 1)
+    return m.out(F.adaptive_avg_pool2d(m.c(torch.cat([x, m.grouped(torch.relu(m.norm(x)))], 1)), 1).flatten(1))
+
+
+def gated_unit(m: nn.Module, x: Tensor) -> Tensor:
+    return m.out((m.a(x) * torch.sigmoid(m.b(x)) + m.a(x)).mean((2, 3)))
+
+
+def excited(m: nn.Module, x: Tensor) -> Tensor:
+    x = m.grouped(torch.relu(m.a(x)))
+    batch, channels, _, _ = x.shape
+    gate = torch.sigmoid(m.grow(torch.relu(m.shrink(x.mean((2, 3)))))).view(batch, channels, 1, 1)
+    return m.out((gate.expand_as(x) * x).mean((2, 3)))
+
+
+def channels_last(m: nn.Module, x: Tensor) -> Tensor:
+    x = m.a(x)
+    y = m.shrink(F.gelu(m.grow(m.b(x).permute(0, 2, 3, 1)))).permute(0, 3, 1, 2)
+    return m.out(torch.flatten(F.max_pool2d(x + y, 2), 1))
+
+
+SMALL: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], dict[str, nn.Module], list[tuple[str, int]]]] = {
+    "ghost": (ghost, dict(a=conv(3, 6), norm=nn.BatchNorm2d(6), cheap=conv(6, 6, groups=6), out=nn.Linear(12, 4)),
+              [("a", 1)]),
+    "widened": (widened, dict(a=conv(3, 6), wide=conv(6, 18, groups=6), grouped=conv(18, 36, groups=3),
+                              norm=nn.BatchNorm2d(36), out=nn.Linear(36 * 64, 4)), [("a", 2)]),
+    "dense_and_grouped": (dense_and_grouped, dict(a=conv(3, 8), b=conv(3, 12), norm=nn.BatchNorm2d(20),
+                                                  grouped=conv(20, 20, groups=5), c=conv(40, 6), out=nn.Linear(6, 4)),
+                          [("a", 4), ("b", 4), ("c", 1)]),
+    "gated_unit": (gated_unit, dict(a=conv(3, 8), b=conv(3, 8), out=nn.Linear(8, 4)), [("a", 1)]),
+    "excited": (excited, dict(a=conv(3, 12), grouped=conv(12, 12, groups=4), shrink=nn.Linear(12, 5),
+                              grow=nn.Linear(5, 12), out=nn.Linear(12, 4)), [("a", 3), ("shrink", 1)]),
+    "channels_last": (channels_last, dict(a=conv(3, 8), b=conv(8, 8, groups=8), grow=nn.Linear(8, 16),
+                                          shrink=nn.Linear(16, 8), out=nn.Linear(8 * 16, 4)), [("a", 1), ("grow", 1)]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", SMALL)
+def test_small_networks_sliced_equal_masked_ones_and_are_counted(name: str, seed: int) -> None:
+    run, layers, expected_groups = SMALL[name]
+    torch.manual_seed(seed)
+    model = lively(copy.deepcopy(Net(run, **layers))).double()
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    groups = trace(model, x[:1], "all")
+    assert groups.unknown == ()
+    assert [(group.name, group.block) for group in groups.prunable] == expected_groups
+    policy = random_policy(groups, seed)
+    sliced = slice_model(model, groups, policy)
+    with masked(model, groups, policy):
+        expected = outputs(model, x)
+    torch.testing.assert_close(outputs(sliced, x), expected, rtol=0, atol=1e-10)
+    assert CostModel(groups).cost(policy_counts(groups, policy)) == counted_cost(sliced, (3, 8, 8))
+    assert torch.equal(outputs(slice_model(model, groups, keep_all(groups)), x), outputs(model, x))
+
+
+def test_half_a_group_of_a_grouped_convolution_is_refused() -> None:
+    run, layers, _ = SMALL["excited"]
+    model = Net(run, **layers)
+    groups = trace(model, torch.zeros(1, 3, 8, 8))
+    with pytest.raises(
+        UserError, match=r"a: every 3 channels of a grouped convolution's group must stay or go together"
+    ):
+        slice_model(model, groups, Policy({"a": (0, 1, 2, 3), "shrink": (0,)}, "hand"))
+
+
+@pytest.mark.parametrize("criterion", ["l1", "fpgm", "taylor", "random"])
+def test_criteria_rank_the_groups_of_a_grouped_convolution_as_wholes(criterion: str) -> None:
+    run, layers, _ = SMALL["widened"]
+    model = lively(Net(run, **layers)) if criterion != "taylor" else small_resnext()
+    x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    groups = trace(model, x[:1])
+    importance = channel_importance(model, groups, criterion, [(x, torch.tensor([0, 1, 2, 3]))])
+    (name, scores), *_ = importance.items()
+    block = groups[name].block
+    assert block > 1 and all(len(set(row.tolist())) == 1 for row in scores.view(-1, block))
+    assert len(set(scores.tolist())) == len(scores) // block
+    if criterion == "l1":
+        filters = model.get_submodule(name).weight.detach().abs().flatten(1).sum(1)
+        torch.testing.assert_close(scores[::block], filters.view(-1, block).sum(1))
+    policy = counts_policy(groups, [2 * block], channel_orders(importance), criterion)
+    assert outputs(slice_model(model, groups, policy), x).shape == (4, 4)
+
+
+def small_resnext() -> nn.Module:
+    torch.manual_seed(0)
+    return lively(Net(
+        lambda m, x: m.out(torch.relu(m.norm2(m.grouped(torch.relu(m.norm1(m.a(x)))))).mean((2, 3))),
+        a=conv(3, 12), norm1=nn.BatchNorm2d(12), grouped=conv(12, 12, groups=4), norm2=nn.BatchNorm2d(12),
+        out=nn.Linear(12, 4),
+    ))  # fmt: skip
 
 
 # groups ---------------------------------------------------------------------------------------------------------------
