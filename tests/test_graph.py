@@ -21,6 +21,7 @@ from cacp.schema import Axis, ChannelGroups, Policy, UserError
 from cacp.slicing import slice_model
 
 IMAGE = torch.zeros(1, 3, 8, 8)
+Run = Callable[[Any, Tensor], Tensor]
 
 
 def conv(inputs: int, outputs: int, **more: int) -> nn.Conv2d:
@@ -268,6 +269,20 @@ def test_channels_last_and_layer_norm() -> None:
     assert reason(groups, "a").startswith("normalised over all channels by LayerNorm at norm (test_graph.py:")
     assert CostModel(groups).cost([7]).macs == 64 * (2 * 27 * 8 + 9 * 8 + 2 * 8 * 7 + 9 * 8 * 5)  # a runs twice
     assert CostModel(groups).dense == counted_cost(model, (3, 8, 8))
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda m, x: m.c(m.a(x) + m.b(x).permute(0, 2, 3, 1)),
+        lambda m, x: m.c(m.a(x) + m.b(x).mean(2, keepdim=True).permute(0, 2, 3, 1)),  # (1, 1, 8, channels)
+        lambda m, x: m.c(m.a(x).view(1, m.b(x).permute(0, 2, 3, 1).size(1), 8, 8)),
+    ],
+)
+def test_channels_of_one_tensor_and_as_many_pixels_of_another_are_not_taken_for_each_other(run: Run) -> None:
+    groups = trace(Net(run, a=conv(3, 8), b=conv(3, 8), c=conv(8, 5)), IMAGE, "all")  # eight channels, 8 x 8 pixels
+    assert len(groups.unknown) == 1
+    assert "a" not in {group.name for group in groups.prunable}
 
 
 @pytest.mark.parametrize(
