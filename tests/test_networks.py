@@ -383,7 +383,7 @@ PRUNABLE = {
 }
 
 
-@pytest.mark.parametrize("name", PRUNABLE)
+@pytest.mark.parametrize("name", marked(tuple(PRUNABLE)))
 def test_how_many_groups_can_be_pruned(name: str) -> None:
     model = build_model(name, CLASSES, seed=0).to("meta")
     traced = [
