@@ -17,8 +17,17 @@ from cacp.checkpoint import load_json, load_tensors, save_json
 from cacp.config import experiment_from, parse
 from cacp.cost import counted_cost
 from cacp.evaluation import device_of
-from cacp.exporting import Architecture, load_pruned, measure_latency, save_pruned
-from cacp.pipeline import Workbench, build_workbench, check_run, environment, run_command, select_device
+from cacp.experiment import Experiment
+from cacp.exporting import Architecture, measure_latency, save_pruned
+from cacp.pipeline import (
+    Workbench,
+    build_workbench,
+    check_run,
+    environment,
+    load_exported,
+    run_command,
+    select_device,
+)
 from cacp.policies import load_policies
 from cacp.reporting import console, millions, percent, table
 from cacp.schema import PolicyRecord, UserError
@@ -44,7 +53,7 @@ def main() -> None:
         if is_current(folder, record):
             continue
         bench = bench or build_workbench(experiment)
-        export(bench, experiment.model, record, folder)
+        export(bench, experiment, record, folder)
         console.print(f"exported {folder}")
     reports = {name: load_json(folder / "report.json") for name, folder in folders.items()}
     show_reports(reports, experiment.folder)
@@ -57,7 +66,7 @@ def is_current(folder: Path, record: PolicyRecord) -> bool:
     return path.is_file() and load_json(path, ["policy"])["policy"] == record.to_json()
 
 
-def export(bench: Workbench, model_name: str, record: PolicyRecord, folder: Path) -> None:
+def export(bench: Workbench, experiment: Experiment, record: PolicyRecord, folder: Path) -> None:
     """Slice, save, load again, compare, count, score and time one policy; report.json last.
 
     Raises:
@@ -68,7 +77,7 @@ def export(bench: Workbench, model_name: str, record: PolicyRecord, folder: Path
     sliced = bench.rescorer.sliced(record.policy)
     cost = bench.cost_model.cost([len(record.policy.keep[name]) for name in bench.cost_model.names])
     architecture = Architecture(
-        model=model_name,
+        model=experiment.model,
         classes=dense.classes,
         input_shape=dense.image_shape,
         normalisation=dense.normalisation,
@@ -79,7 +88,7 @@ def export(bench: Workbench, model_name: str, record: PolicyRecord, folder: Path
     )
     (folder / "report.json").unlink(missing_ok=True)  # it vouches for the model beside it
     save_pruned(folder, sliced, architecture)
-    loaded = load_pruned(folder).to(device_of(sliced)).to(memory_format=torch.channels_last)
+    loaded = load_exported(experiment, folder).to(device_of(sliced)).to(memory_format=torch.channels_last)
     check_parity(sliced, loaded, bench)
     counted = counted_cost(loaded, dense.image_shape)
     if counted != cost:

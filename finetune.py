@@ -19,8 +19,16 @@ from cacp.data import Splits, load_dataset
 from cacp.dense import DenseModel, load_dense
 from cacp.evaluation import device_of, evaluate_data
 from cacp.experiment import Experiment
-from cacp.exporting import WEIGHTS, load_architecture, load_pruned, save_pruned
-from cacp.pipeline import check_run, environment, load_splits, run_command, select_device, training_recipe
+from cacp.exporting import WEIGHTS, load_architecture, save_pruned
+from cacp.pipeline import (
+    check_run,
+    environment,
+    load_exported,
+    load_splits,
+    run_command,
+    select_device,
+    training_recipe,
+)
 from cacp.policies import load_policies
 from cacp.reporting import console, millions, percent, table, track_training
 from cacp.schema import UserError
@@ -78,7 +86,7 @@ def train(
 
     Validation picks the epoch only where the weights have never seen its images; else the last epoch stays.
     """
-    model = load_pruned(export).to(device_of(dense.model))
+    model = load_exported(experiment, export).to(device_of(dense.model))
     validation = splits.validation if dense.validation_unseen else None
     epochs = fit(model, splits.train, validation, dense.normalisation, recipe, experiment.seed, folder / "checkpoint")
     return model, track_training(epochs, recipe.epochs, folder, f"finetune {export.name}")
@@ -95,7 +103,7 @@ def finish(
 ) -> None:
     """Read the test set, once, and write the model and its result; result.json last."""
     test = load_dataset(experiment.dataset, "test", Path(experiment.data_dir), experiment.image_size)
-    before = load_pruned(export).to(device_of(dense.model))
+    before = load_exported(experiment, export).to(device_of(dense.model))
     tops = {
         name: evaluate_data(candidate, test, dense.normalisation).top1
         for name, candidate in (("dense", dense.model), ("before", before), ("after", model))

@@ -46,7 +46,7 @@ def train_dense(experiment: Experiment, splits: Splits, device: torch.device) ->
         experiment, experiment.pretrain_epochs, experiment.pretrain_lr, experiment.pretrain_schedule
     )
     folder = experiment.folder / "dense"
-    model = build_model(experiment.model, len(splits.train.classes), seed=experiment.seed).to(device)
+    model = build_model(experiment.model, len(splits.train.classes), seed=experiment.seed, importing=True).to(device)
     normalisation = channel_statistics(splits.train)
     epochs = fit(model, splits.train, splits.validation, normalisation, recipe, experiment.seed, folder / "checkpoint")
     records = track_training(epochs, recipe.epochs, folder, f"train {experiment.model}")

@@ -19,11 +19,15 @@ SCALING_STEPS = 25  # bisections: the factor is known to 1e-6 of the largest
 
 
 class KeepInterval(NamedTuple):
-    """Feasible keep counts of one group: low and high, and the real count at an even share of the rest, between."""
+    """Feasible keep counts of one group: low and high, and the real count at an even share of the rest, between.
+
+    Counts between low and high are multiples of `multiple`.
+    """
 
     low: int
     even: float
     high: int
+    multiple: int = 1
 
 
 class BudgetWalk:
@@ -78,7 +82,7 @@ class BudgetWalk:
         the only one left; the targets themselves always hold if they held so far.
         """
         group, model = len(self.chosen), self.cost_model
-        candidates = np.arange(model.min_keep[group], model.channels[group] + 1)  # (K,)
+        candidates = model.feasible[group]  # (K,)
         changes = model.change(self._counts[[0, -1], None], group, candidates)  # (2, K, 2)
         smallest, largest = (self.ends[:, None] + changes)[..., self._columns]  # (K, T) each
         meets = (smallest <= self._upper).all(axis=1)  # (K,)
@@ -87,7 +91,7 @@ class BudgetWalk:
         feasible = candidates[meets & uses_up]
         low = int(feasible[0]) if len(feasible) else high
         even = self.even_ratio() * float(model.channels[group])
-        return KeepInterval(low, min(max(even, low), high), high)
+        return KeepInterval(low, min(max(even, low), high), high, int(model.multiple[group]))
 
     def even_ratio(self) -> float:
         """The largest keep ratio in [0, 1] that all remaining groups can share within the budget (real-valued counts).
@@ -119,10 +123,15 @@ def keep_count(interval: KeepInterval, action: float) -> int:
 
     >>> [keep_count(KeepInterval(4, 8.0, 16), action) for action in (-1, -0.5, 0, 0.5, 1)]
     [4, 6, 8, 12, 16]
+    >>> [keep_count(KeepInterval(8, 14.0, 20, multiple=8), action) for action in (-1, 0, 0.5, 1)]
+    [8, 16, 16, 20]
     """
     end = interval.high if action >= 0 else interval.low
     count = interval.even + abs(action) * (end - interval.even)
-    return min(max(round(count), interval.low), interval.high)
+    nearest = round(count / interval.multiple) * interval.multiple
+    if abs(interval.high - count) < abs(nearest - count):  # all channels of a group, which may be no multiple
+        nearest = interval.high
+    return min(max(nearest, interval.low), interval.high)
 
 
 def keep_action(interval: KeepInterval, count: int) -> float:
@@ -193,8 +202,8 @@ def check_reachable(cost_model: CostModel, budget: Budget) -> None:
     ]
     if wrong:
         raise UserError(
-            f"no policy meets {', '.join(wrong)}; every group keeps at least a tenth of its channels: "
-            "raise the target, or use scope all to prune residual streams too"
+            f"no policy meets {', '.join(wrong)}; no group falls below its least keep ratio: "
+            "raise the target, lower min_keep, or use scope all to prune residual streams too"
         )
 
 

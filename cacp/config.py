@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from cacp.checkpoint import write_atomically
 from cacp.experiment import FINETUNE, IDENTITY, MACHINE, POLICY, TRAINING, Experiment, kept_fraction, macs_target
 from cacp.schema import COSTS, UserError
 
+_LISTS = {"targets": "[0.3, 0.5]", "mean": "[0.5, 0.5, 0.5]", "std": "[0.2, 0.2, 0.2]", "ignore": "[layer1.*]"}
 _COMMAND_STAGES = {
     "pretrain": (IDENTITY, TRAINING),
     "search": (POLICY,),
@@ -64,7 +65,8 @@ def _with_one_kind_of_budget(
             namespace["targets"] = []
             break
         if "targets" in given and not given & set(COSTS):
-            namespace.update({cost: None for cost in COSTS})
+            for cost in COSTS:
+                namespace[cost] = None
             break
         if given & {"targets", *COSTS}:
             break  # both kinds: Experiment refuses them
@@ -111,7 +113,7 @@ def _add_setting(group: Any, item: dataclasses.Field[Any], command: str) -> None
     listed = "list" in str(item.type)
     kind = {"int": int, "float": float, "str": str, "bool": bool, "int | None": int | None}.get(str(item.type))
     default = list(item.default) if isinstance(item.default, tuple) else item.default
-    element = macs_target if item.name == "targets" else float
+    element = {"targets": macs_target, "ignore": str}.get(item.name, float)
     keywords: dict[str, Any] = {"type": element, "nargs": "+"} if listed else {"type": kind}
     group.add_argument(*names, default=default, help=item.metadata["help"], **keywords)
 
@@ -136,8 +138,8 @@ def _check_files(paths: Sequence[str]) -> None:
         if not isinstance(settings, dict):
             raise UserError(f"config {path} must hold lines like `episodes: 900`, but got {settings!r:.60}")
         wrong = [
-            f"{key} must be a list like [0.3, 0.5], but got {settings[key]!r}"
-            for key in ("targets", "mean", "std")
+            f"{key} must be a list like {example}, but got {settings[key]!r}"
+            for key, example in _LISTS.items()
             if settings.get(key) is not None and not isinstance(settings[key], list)
         ]
         if wrong:
@@ -194,9 +196,14 @@ def differences(experiment: Experiment, keys: Sequence[str], folder: Path) -> li
     if not isinstance(there, dict):
         raise UserError(f"{path} is not a run's settings; use another --output")
     here = _plain_values(experiment)
-    return [f"{key}: {there.get(key)!r} -> {here[key]!r}" for key in keys if there.get(key) != here[key]]
+    there = _plain({item.name: item.default for item in dataclasses.fields(Experiment)}) | there  # of an older version
+    return [f"{key}: {there[key]!r} -> {here[key]!r}" for key in keys if there[key] != here[key]]
 
 
 def _plain_values(experiment: Experiment) -> dict[str, Any]:
     """Settings as YAML holds them."""
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in vars(experiment).items()}
+    return _plain(vars(experiment))
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}

@@ -27,6 +27,8 @@ class CostModel:
         names: the prunable groups, in forward order; every array of counts follows it.
         channels: (G,) int64, channels of each of these groups.
         min_keep: (G,) int64, the least count of each.
+        multiple: (G,) int64, what the counts of each are multiples of, all its channels aside.
+        feasible: for each the counts that it may have, (K,) int64, ascending.
         dense: cost of the unpruned model.
     """
 
@@ -35,6 +37,11 @@ class CostModel:
         self.names = tuple(group.name for group in prunable)
         self.channels = np.array([group.channels for group in prunable], dtype=np.int64)
         self.min_keep = np.array([group.min_keep for group in prunable], dtype=np.int64)
+        self.multiple = np.array([group.multiple for group in prunable], dtype=np.int64)
+        self.feasible = [
+            np.array([*range(group.min_keep, group.channels, group.multiple), group.channels], dtype=np.int64)
+            for group in prunable
+        ]
 
         terms = _polynomial(groups, self.names)
         positions = range(len(self.names))
@@ -48,6 +55,15 @@ class CostModel:
         others, weights = np.concatenate([self._second, self._first]), np.concatenate([self._products] * 2)
         self._partners = [(others[ends == group], weights[ends == group]) for group in positions]
         self.dense = self.cost(self.channels)
+
+    def rounded_down(self, counts: np.ndarray) -> np.ndarray:
+        """The largest counts (..., G) that groups may have, up to those given; these must not be below the minimum."""
+        return np.where(counts < self.channels, counts // self.multiple * self.multiple, self.channels)
+
+    def next_count(self, counts: np.ndarray, group: int) -> int:
+        """The least count above `counts` (G,) that a group may have; all its channels where there is none."""
+        multiple = self.multiple[group]
+        return int(min((counts[group] // multiple + 1) * multiple, self.channels[group]))
 
     def costs(self, counts: np.ndarray) -> np.ndarray:
         """Costs of many policies; real-valued counts give the continuous relaxation.

@@ -53,7 +53,7 @@ def import_weights(experiment: Experiment, splits: Splits, device: torch.device)
         UserError: for missing, damaged or wrong weights, or a file without `mean` and `std` on the command line.
     """
     weights = published_weights(experiment) if experiment.weights == "published" else _given(experiment, splits)
-    model = build_model(experiment.model, len(splits.train.classes), seed=experiment.seed)
+    model = build_model(experiment.model, len(splits.train.classes), seed=experiment.seed, importing=True)
     load_weights(model, weights.path)
     origin = {
         "source": str(weights.path),
@@ -146,7 +146,7 @@ def load_dense(experiment: Experiment, splits: Splits, device: torch.device) -> 
         raise UserError(
             f"{weights} is not the file that {path} describes (SHA-256); delete {path.parent} and run again"
         )
-    model = build_model(experiment.model, len(classes), seed=experiment.seed)
+    model = build_model(experiment.model, len(classes), seed=experiment.seed, importing=True)
     load_weights(model, weights)
     return DenseModel(
         model=model.to(device).to(memory_format=torch.channels_last).eval(),

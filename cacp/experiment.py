@@ -16,10 +16,10 @@ from typing import Any
 from agents import AGENTS, WARMUP_EPISODES
 from cacp.data import DATASETS
 from cacp.evaluation import PRECISIONS
-from cacp.graph import SCOPES
+from cacp.graph import MIN_KEEP_RATIO, SCOPES
 from cacp.importance import CRITERIA
 from cacp.methods import METHODS
-from cacp.models import MODEL_NAMES
+from cacp.models import MODEL_HELP, wrong_name
 from cacp.schema import COSTS, Budget, UserError
 from cacp.training import SCHEDULES
 
@@ -42,7 +42,7 @@ class Experiment:
     """
 
     output: str = _setting("", MACHINE, "run folder (default: runs/ and the name of the config file)")
-    model: str = _setting("resnet56", IDENTITY, f"one of {', '.join(MODEL_NAMES)}")
+    model: str = _setting("resnet56", IDENTITY, MODEL_HELP)
     weights: str = _setting(
         "train", IDENTITY, "train, published, a weights file (.safetensors, .pt, .pth, .th), or another run's folder"
     )
@@ -76,6 +76,11 @@ class Experiment:
     macs: float | None = _setting(None, POLICY, "instead of targets, one budget: kept fraction of the dense MACs")
     params: float | None = _setting(None, POLICY, "kept fraction of the dense parameters; alone, or together with macs")
     scope: str = _setting("inner", POLICY, "inner (channels inside a block) or all (residual streams too)")
+    ignore: list[str] = _setting(
+        (), POLICY, "channel groups that stay whole: patterns of their names, or of the layers that produce them"
+    )
+    min_keep: float = _setting(MIN_KEEP_RATIO, POLICY, "the least keep ratio of every group, in (0, 1]")
+    channel_multiple: int = _setting(1, POLICY, "keep counts are multiples of this number, or all channels of a group")
     search_calibration_images: int | None = _setting(
         None, POLICY, "only so many of the calibration images for the scores of episodes (default: all of them)"
     )
@@ -99,7 +104,8 @@ class Experiment:
         ]
         if empty:
             raise UserError("these settings are empty:\n  " + "\n  ".join(empty))
-        object.__setattr__(self, "targets", tuple(dict.fromkeys(self.targets)))
+        for key in ("targets", "ignore"):
+            object.__setattr__(self, key, tuple(dict.fromkeys(getattr(self, key))))
         wrong = [*_wrong_choices(self), *_wrong_numbers(self), *_wrong_budgets(self)]
         if wrong:
             raise UserError("these settings are out of range:\n  " + "\n  ".join(wrong))
@@ -125,7 +131,6 @@ class Experiment:
 
 def _wrong_choices(experiment: Experiment) -> list[str]:
     choices: dict[str, Sequence[str]] = {
-        "model": MODEL_NAMES,
         "dataset": DATASETS,
         "criterion": CRITERIA,
         "scope": SCOPES,
@@ -135,7 +140,8 @@ def _wrong_choices(experiment: Experiment) -> list[str]:
         "finetune_schedule": SCHEDULES,
         "precision": PRECISIONS,
     }
-    return [
+    wrong = [fault] if (fault := wrong_name(experiment.model, importing=True)) else []
+    return wrong + [
         f"{key} must be one of {', '.join(known)}, but got {getattr(experiment, key)!r}"
         for key, known in choices.items()
         if getattr(experiment, key) not in known
@@ -152,8 +158,9 @@ def _wrong_numbers(experiment: Experiment) -> list[str]:
         "pretrain_epochs",
         "episodes",
         "finetune_epochs",
+        "channel_multiple",
     )
-    for key in (*positive, "pretrain_lr", "finetune_lr"):
+    for key in (*positive, "pretrain_lr", "finetune_lr", "min_keep"):
         value = getattr(experiment, key)
         if value is not None and not (math.isfinite(value) and value > 0):
             wrong.append(f"{key} must be above 0, but got {value}")

@@ -20,6 +20,7 @@ from cacp.checkpoint import load_json, save_json, save_tensors
 from cacp.evaluation import device_of, synchroniser
 from cacp.graph import trace
 from cacp.models import build_model
+from cacp.models.own import is_own
 from cacp.models.weights import load_weights
 from cacp.schema import ChannelGroups, Cost, Normalisation, Policy, UserError
 from cacp.slicing import slice_model
@@ -32,8 +33,8 @@ ARCHITECTURE, WEIGHTS = "architecture.json", "model.safetensors"
 class Architecture:
     """What it takes to build a pruned model again, and to use it.
 
-    `keep_counts` names every prunable group of the scope; images of shape `input_shape` (C, H, W), in [0, 1], are
-    normalised by `normalisation` first; output k stands for `classes[k]`.
+    `keep_counts` names every group that was prunable; the others are whole. Images of shape `input_shape` (C, H, W), in
+    [0, 1], are normalised by `normalisation` first; output k stands for `classes[k]`.
     """
 
     model: str
@@ -116,9 +117,15 @@ def load_pruned(folder: str | Path, build: Callable[[], nn.Module] | None = None
         build: makes the unpruned network; needed only for a network of one's own.
 
     Raises:
-        UserError: for missing or damaged files, an unknown model, or weights that do not fit.
+        UserError: for missing or damaged files, an unknown model, a network of one's own without `build`, or weights
+            that do not fit.
     """
     architecture = load_architecture(folder)
+    if build is None and is_own(architecture.model):
+        raise UserError(
+            f"{folder} holds a network of one's own, {architecture.model}, and nothing that a file names is imported; "
+            "give load_pruned(folder, build=function), where function() returns the unpruned network"
+        )
     dense = build() if build else build_model(architecture.model, len(architecture.classes), seed=0)
     groups = trace(dense, torch.zeros(1, *architecture.input_shape), architecture.scope)
     model = slice_model(dense, groups, _any_policy(groups, architecture.keep_counts, folder))
@@ -127,7 +134,7 @@ def load_pruned(folder: str | Path, build: Callable[[], nn.Module] | None = None
 
 
 def _any_policy(groups: ChannelGroups, keep_counts: Mapping[str, int], folder: str | Path) -> Policy:
-    """A policy of these counts; which channels it names does not matter, since weights follow.
+    """A policy of these counts, other groups whole; which channels it names does not matter, since weights follow.
 
     Raises:
         UserError: listing every count outside its group.
@@ -140,7 +147,7 @@ def _any_policy(groups: ChannelGroups, keep_counts: Mapping[str, int], folder: s
     ]
     if wrong:
         raise UserError(f"{folder}: these keep counts do not fit the model: {', '.join(wrong)}; export it again")
-    return Policy({name: tuple(range(count)) for name, count in keep_counts.items()}, "loaded")
+    return Policy({name: tuple(range(count)) for name, count in {**channels, **keep_counts}.items()}, "loaded")
 
 
 class Latency(NamedTuple):

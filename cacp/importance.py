@@ -10,7 +10,8 @@ Shapes: C channels of the group, I inputs, K kernel height x width, B images.
     reconstruction  what the layers that read the channels lose when it goes: channels are taken out one after another,
              each time the one whose loss, all others fitted anew by least squares, is least (Optimal Brain Surgeon,
              Hassibi & Stork, NIPS 1992, for blocks of weights; the Gram matrices of `cacp.gram`). The score is the sum
-             of squared errors of the outputs after the channel has gone, as a part of their energy
+             of squared errors of the outputs after the channel has gone, as a part of their energy. A group that only
+             layers without a Gram matrix read is ranked by l1
     random   uniform noise
 """
 
@@ -62,7 +63,8 @@ def channel_importance(
 ) -> dict[str, Tensor]:
     """Scores (C,) float32 on the CPU of the channels of every prunable group.
 
-    A group with several producers (a residual stream) sums over them.
+    A group with several producers (a residual stream) sums over them. Channels that stay or go together, those of one
+    group of a grouped convolution, share the sum of their scores.
 
     Args:
         model: the dense model; its weights, gradients and mode are left as they are.
@@ -72,8 +74,7 @@ def channel_importance(
         seed: for random.
 
     Raises:
-        UserError: for an unknown criterion, taylor or reconstruction without batches, taylor without batch norm, or
-            reconstruction of a group that no plain layer reads.
+        UserError: for an unknown criterion, taylor or reconstruction without batches, or taylor without batch norm.
     """
     if criterion not in CRITERIA:
         raise UserError(f"criterion must be one of {', '.join(CRITERIA)}, but got {criterion!r}")
@@ -83,12 +84,14 @@ def channel_importance(
         return _reconstruction(model, groups, batches)
     if criterion == "random":
         generator = torch.Generator().manual_seed(seed)
-        return {group.name: torch.rand(group.channels, generator=generator) for group in groups.prunable}
-    score = _WEIGHT_CRITERIA[criterion]
-    return {
-        group.name: torch.stack([score(filters) for filters in _filters(model, group)]).sum(0).cpu()
-        for group in groups.prunable
-    }
+        scores = {group.name: torch.rand(group.channels, generator=generator) for group in groups.prunable}
+    else:
+        score = _WEIGHT_CRITERIA[criterion]
+        scores = {
+            group.name: torch.stack([score(filters) for filters in _filters(model, group)]).sum(0).cpu()
+            for group in groups.prunable
+        }
+    return {group.name: _shared(scores[group.name], group.block) for group in groups.prunable}
 
 
 class Elimination:
@@ -146,6 +149,11 @@ def channel_orders(importance: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: torch.argsort(scores, descending=True, stable=True) for name, scores in importance.items()}
 
 
+def _shared(scores: Tensor, block: int) -> Tensor:
+    """Scores (C,), those of every `block` channels in a row summed up and given to each of them."""
+    return scores.view(-1, block).sum(1).repeat_interleave(block)
+
+
 def _filters(model: nn.Module, group: ChannelGroup) -> list[Tensor]:
     """Weights (C, ...) of the layers that produce the group; shortcuts have none."""
     modules = [model.get_submodule(name) for name in group.producers]
@@ -170,7 +178,7 @@ def _taylor(model: nn.Module, groups: ChannelGroups, batches: Iterable[tuple[Ten
                     torch.stack([slopes[id(norm.weight)] for norm in modules]),
                     torch.stack([slopes[id(norm.bias)] for norm in modules]),
                 )
-                sums[name] += (change**2).cpu()
+                sums[name] += (_shared(change, groups[name].block) ** 2).cpu()
             count += 1
     if not count:
         raise UserError("criterion taylor needs batches of training images, but got none")
@@ -182,7 +190,7 @@ def _batch_norms(model: nn.Module, groups: ChannelGroups) -> dict[str, list[nn.B
     norms: dict[str, list[nn.BatchNorm2d]] = {group.name: [] for group in groups.prunable}
     for axis in groups.axes:
         module = model.get_submodule(axis.module)
-        if isinstance(module, nn.BatchNorm2d) and module.affine and len(axis.segments) == 1:
+        if isinstance(module, nn.BatchNorm2d) and module.affine and len(axis.segments) == 1 == axis.repeat:
             norms.get(axis.segments[0], []).append(module)
     without = [name for name, modules in norms.items() if not modules]
     if without:
@@ -206,14 +214,15 @@ def _reconstruction(
         for group in dict.fromkeys(reader.inputs.segments):
             if group in eliminations:
                 members = torch.stack([columns(layer, entries) for entries in _members(reader.inputs, groups, group)])
+                members = members.view(-1, groups[group].block * members.shape[1])  # (C / block, K)
                 eliminations[group].append(Elimination(gram, reader.weights, members))
-    unread = [name for name, layers in eliminations.items() if not layers]
-    if unread:
-        raise UserError(
-            f"criterion reconstruction needs a plain convolution or linear layer behind every group, but none reads "
-            f"{', '.join(unread)}; use another criterion"
-        )
-    return {name: removal_errors(layers, groups[name].channels) for name, layers in eliminations.items()}
+    unread = channel_importance(model, groups, "l1")
+    return {
+        group.name: removal_errors(layers, group.channels // group.block).repeat_interleave(group.block)
+        if (layers := eliminations[group.name])
+        else unread[group.name]
+        for group in groups.prunable
+    }
 
 
 def _members(axis: Axis, groups: ChannelGroups, group: str) -> Tensor:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cacp.budget import check_reachable
 from cacp.checkpoint import load_json, save_json
@@ -29,9 +29,11 @@ from cacp.data import Splits, load_dataset, make_splits, normalise
 from cacp.dense import DenseModel, checked_top1, import_weights, load_dense, published_weights
 from cacp.evaluation import device_of, resolve_precision
 from cacp.experiment import IDENTITY, POLICY, TRAINING, Experiment
+from cacp.exporting import load_architecture, load_pruned
 from cacp.graph import trace
 from cacp.importance import channel_importance, channel_orders
 from cacp.models import build_model
+from cacp.models.own import is_own
 from cacp.profiling import Profile
 from cacp.schema import ChannelGroups, Normalisation, Policy, Score, UserError
 from cacp.scoring import CALIBRATION_BATCH, PolicyScorer
@@ -228,10 +230,25 @@ def check_targets(experiment: Experiment, splits: Splits) -> None:
     Raises:
         UserError: with the reachable range.
     """
-    model = build_model(experiment.model, len(splits.train.classes), seed=experiment.seed)
-    cost_model = CostModel(trace(model, torch.zeros(1, *splits.train.image_shape), experiment.scope))
+    model = build_model(experiment.model, len(splits.train.classes), seed=experiment.seed, importing=True)
+    cost_model = CostModel(channel_groups(experiment, model, torch.zeros(1, *splits.train.image_shape)))
     for budget in experiment.budgets:
         check_reachable(cost_model, budget)
+
+
+def channel_groups(experiment: Experiment, model: nn.Module, example: Tensor) -> ChannelGroups:
+    """The groups of a model, as the experiment wants them pruned."""
+    multiple = experiment.channel_multiple
+    return trace(model, example, experiment.scope, experiment.ignore, experiment.min_keep, multiple)
+
+
+def load_exported(experiment: Experiment, folder: Path) -> nn.Module:
+    """`load_pruned` for a folder of the run; a network of the user's own is built by the name in the run's settings,
+    never by the one in the file."""
+    if not is_own(experiment.model):
+        return load_pruned(folder)
+    classes = len(load_architecture(folder).classes)
+    return load_pruned(folder, lambda: build_model(experiment.model, classes, seed=0, importing=True))
 
 
 def training_recipe(experiment: Experiment, epochs: int, lr: float, schedule: str) -> Recipe:
@@ -291,7 +308,7 @@ def build_workbench(experiment: Experiment, profile: Profile | None = None) -> W
         import_weights(experiment, splits, device)
     dense = load_dense(experiment, splits, device)
     checked_top1(dense.model, splits, dense.normalisation)
-    groups = trace(dense.model, dense.example, experiment.scope)
+    groups = channel_groups(experiment, dense.model, dense.example)
     precision = resolve_precision(experiment.precision, device)
     model, calibration, normalisation = dense.model, splits.calibration, dense.normalisation
     few = min(experiment.search_calibration_images or len(calibration), len(calibration))

@@ -59,9 +59,9 @@ class Score(NamedTuple):
 class Axis(NamedTuple):
     """One channel axis of one module, described by the groups that it is made of, in channel order.
 
-    `role` is "out" (a layer's outputs), "in" (its inputs) or "features" (batch norm and other per-channel modules,
-    depthwise convolutions). Every channel of `segments` covers `repeat` consecutive entries of the axis (a flattened
-    feature map has height x width entries a channel).
+    `role` is "out" (a layer's outputs), "in" (its inputs) or "features" (batch norm and other per-channel modules;
+    outputs of depthwise and grouped convolutions, whose inputs go with them). Every channel of `segments` covers
+    `repeat` consecutive entries of the axis (a flattened feature map has height x width entries a channel).
     """
 
     module: str
@@ -74,8 +74,8 @@ class Layer(NamedTuple):
     """What the cost of one module is made of.
 
     macs = macs_per_pair * n_in * n_out and params = params_per_pair * n_in * n_out + params_per_out * n_out, where
-    n_in and n_out are the kept entries of its axes; a per-channel module (batch norm, depthwise conv) has no `n_in`:
-    its `inputs` is None and n_in counts as 1.
+    n_in and n_out are the kept entries of its axes; a per-channel module (batch norm, depthwise conv, grouped conv,
+    which shrinks by whole groups) has no `n_in`: its `inputs` is None and n_in counts as 1.
     """
 
     module: str
@@ -95,7 +95,8 @@ class Layer(NamedTuple):
 class ChannelGroup:
     """Channels that must shrink together, named after the first layer that produces them.
 
-    `fixed_reason` says why the group stays whole (empty for a prunable group).
+    `fixed_reason` says why the group stays whole (empty for a prunable group). Keep counts are multiples of `multiple`,
+    or all channels. `block` channels in a row stay or go together: those of one group of a grouped convolution.
     """
 
     name: str
@@ -104,6 +105,8 @@ class ChannelGroup:
     consumers: tuple[str, ...]
     min_keep: int = 1
     fixed_reason: str = ""
+    multiple: int = 1
+    block: int = 1
 
     @property
     def prunable(self) -> bool:
@@ -150,7 +153,7 @@ class ChannelGroups(Sequence[ChannelGroup]):
                 (
                     group.name,
                     str(group.channels),
-                    str(group.min_keep),
+                    str(group.min_keep) + (f", by {group.multiple}" if group.multiple > 1 else ""),
                     _shortened(group.producers),
                     _shortened(group.consumers),
                     "yes" if group.prunable else f"no: {group.fixed_reason}",
@@ -228,16 +231,24 @@ class Policy:
         Raises:
             UserError: listing every group that is missing, unknown, empty, unsorted, duplicated or out of range.
         """
-        prunable = {group.name: group.channels for group in groups.prunable}
+        prunable = {group.name: group for group in groups.prunable}
         wrong = [f"{name}: missing" for name in prunable if name not in self.keep]
         wrong += [f"{name}: not a prunable group" for name in self.keep if name not in prunable]
         for name, indices in self.keep.items():
-            if name in prunable and not _is_sorted_subset(indices, prunable[name]):
-                wrong.append(
-                    f"{name}: indices must be sorted, different and in [0, {prunable[name]}), got {indices!r:.80}"
-                )
+            fault = _fault(indices, prunable[name]) if name in prunable else ""
+            wrong += [f"{name}: {fault}, got {indices!r:.80}"] if fault else []
         if wrong:
             raise UserError("the policy does not fit the model:\n  " + "\n  ".join(wrong))
+
+
+def _fault(indices: Sequence[int], group: ChannelGroup) -> str:
+    """What is wrong with the kept indices of a group; empty for nothing."""
+    if not _is_sorted_subset(indices, group.channels):
+        return f"indices must be sorted, different and in [0, {group.channels})"
+    blocks = {index // group.block for index in indices}
+    if len(indices) != group.block * len(blocks):
+        return f"every {group.block} channels of a grouped convolution's group must stay or go together"
+    return ""
 
 
 def _is_sorted_subset(indices: Sequence[int], channels: int) -> bool:

@@ -129,6 +129,8 @@ def _cut(module: nn.Module, role: str, kept: Tensor) -> None:
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         _select(module, ("weight", "bias", "running_mean", "running_var"), 0, kept)
         module.num_features = len(kept)
+    elif role == "features":
+        _cut_grouped(module, kept)
     elif isinstance(module, nn.Linear | nn.Conv2d):
         unit = "features" if isinstance(module, nn.Linear) else "channels"
         if role == "in":
@@ -137,11 +139,18 @@ def _cut(module: nn.Module, role: str, kept: Tensor) -> None:
         else:
             _select(module, ("weight", "bias"), 0, kept)
             setattr(module, f"out_{unit}", len(kept))
-        if role == "features":  # depthwise: every channel is its own group
-            setattr(module, f"in_{unit}", len(kept))
-            module.groups = len(kept)
     else:
         raise AssertionError(f"trace gave an axis of {type(module).__name__}, which the slicer does not know")
+
+
+def _cut_grouped(module: nn.Module, kept: Tensor) -> None:
+    """Keep the outputs `kept` of a grouped or depthwise convolution, all or none of each of its groups, in place."""
+    assert isinstance(module, nn.Conv2d)
+    inputs, outputs = module.in_channels // module.groups, module.out_channels // module.groups
+    _select(module, ("weight", "bias"), 0, kept)
+    module.out_channels = len(kept)
+    module.groups = len(kept) // outputs
+    module.in_channels = module.groups * inputs
 
 
 def _select(module: nn.Module, names: Sequence[str], dimension: int, kept: Tensor) -> None:

@@ -82,7 +82,7 @@ def observe(static: np.ndarray, walk: BudgetWalk, interval: KeepInterval | None)
     targets = walk.budget.targets
     columns = [COSTS.index(cost) for cost in targets]
     least, most = walk.ends[:, columns] / np.array(walk.cost_model.dense)[columns]  # (costs,) each
-    low, even, high = interval or KeepInterval(chosen[-1], chosen[-1], chosen[-1])
+    low, even, high, _ = interval or KeepInterval(chosen[-1], chosen[-1], chosen[-1])
     observation = np.empty(features(len(columns)), dtype=np.float32)
     observation[0] = walk.budget.mean_target
     observation[1] = step / len(channels)

@@ -1,16 +1,21 @@
-"""What several test files share: one thread, networks from a few lines, random policies."""
+"""What several test files share: one thread, networks from a few lines, random policies, a finished run."""
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from running import ROOT, TINY, Call, run
 from torch import Tensor, nn
 
 from cacp.data import ImageData
 from cacp.models import build_model
+from cacp.pipeline import run_command
 from cacp.schema import ChannelGroups, Policy
 
 
@@ -53,12 +58,14 @@ def resnet20(seed: int = 0) -> nn.Module:
 
 
 def random_policy(groups: ChannelGroups, seed: int) -> Policy:
-    """Any number of channels of every prunable group, from one to all of them, at random."""
+    """Any number of channels of every prunable group, from one to all of them, at random; a block counts as one."""
     generator = np.random.default_rng(seed)
     keep = {}
     for group in groups.prunable:
-        count = int(generator.integers(1, group.channels + 1))
-        keep[group.name] = tuple(sorted(generator.choice(group.channels, count, replace=False).tolist()))
+        blocks = group.channels // group.block
+        count = int(generator.integers(1, blocks + 1))
+        chosen = sorted(generator.choice(blocks, count, replace=False).tolist())
+        keep[group.name] = tuple(block * group.block + index for block in chosen for index in range(group.block))
     return Policy(keep, "random")
 
 
@@ -117,3 +124,32 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
+    """Like `run`, in this process: the imports of an entry point take seconds."""
+
+    def called(command: str, *arguments: object, status: int = 0) -> str:
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(sys, "argv", [f"{command}.py", *map(str, arguments)])
+        ended = 0
+        try:
+            run_command(importlib.import_module(command).main)
+        except SystemExit as exit_:
+            ended = exit_.code
+        out, err = capsys.readouterr()
+        assert ended == status, out + err
+        return out if status == 0 else err
+
+    return called
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder after all four commands."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    for command in ("pretrain", "search", "export"):
+        run(command, *TINY, "--output", folder)
+    run("finetune", folder)
+    return folder

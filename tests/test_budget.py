@@ -18,6 +18,7 @@ from cacp.budget import (
     KeepInterval,
     check_reachable,
     in_window,
+    keep_action,
     keep_count,
     meets_targets,
     reachable_fractions,
@@ -252,3 +253,80 @@ def test_window_of_two_targets_needs_all_met_and_one_used_up() -> None:
     dense, budget = Cost(1000, 1000), Budget({"macs": 0.5, "params": 0.6})
     window = [in_window(Cost(*cost), dense, budget) for cost in ((500, 100), (100, 600), (400, 500), (500, 601))]
     assert window == [True, True, False, False]
+
+
+# multiples ------------------------------------------------------------------------------------------------------------
+
+
+def in_multiples(multiple: int, scope: str = "inner") -> CostModel:
+    """ResNet-20, 16 to 64 channels a group."""
+    return CostModel(trace(resnet20(), torch.zeros(1, 3, 32, 32), scope, channel_multiple=multiple))
+
+
+@pytest.mark.parametrize("scope", ["inner", "all"])
+@pytest.mark.parametrize("multiple", [2, 4])
+@pytest.mark.parametrize("target", [0.3, 0.5, 0.7])
+def test_counts_are_multiples_within_the_target(scope: str, multiple: int, target: float) -> None:
+    cost_model, budget = in_multiples(multiple, scope), Budget({"macs": target})
+    generator = np.random.default_rng(int(100 * target))
+    fractions = []
+    for _ in range(100):
+        counts = np.array(played(cost_model, budget, generator.uniform(-1, 1, len(cost_model.names))))
+        assert (counts % multiple == 0).all()
+        assert (cost_model.min_keep <= counts).all() and (counts <= cost_model.channels).all()
+        fractions.append(cost_model.cost(counts).macs / cost_model.dense.macs)
+    assert max(fractions) <= target
+    grain = max(
+        float(cost_model.change(cost_model.channels.copy(), group, channels - multiple)[0]) / -cost_model.dense.macs
+        for group, channels in enumerate(cost_model.channels)
+    )
+    assert min(fractions) >= target - max(grain, 0.005)  # at most one step of the widest group is lost
+
+
+def test_uniform_counts_in_multiples_lie_in_the_window_where_the_grain_allows() -> None:
+    cost_model = in_multiples(2)
+    for target in (0.3, 0.5, 0.7):
+        counts = np.array(uniform_counts(cost_model, Budget({"macs": target})))
+        assert (counts % 2 == 0).all()
+        assert in_window(cost_model.cost(counts), cost_model.dense, Budget({"macs": target}))
+
+
+@pytest.mark.parametrize(
+    ("interval", "counts"),
+    [
+        (KeepInterval(8, 16.0, 24, multiple=8), [8, 8, 16, 24, 24]),
+        (KeepInterval(8, 14.0, 20, multiple=8), [8, 8, 16, 16, 20]),  # 20: all channels
+        (KeepInterval(20, 20.0, 20, multiple=8), [20, 20, 20, 20, 20]),
+        (KeepInterval(4, 9.0, 12, multiple=4), [4, 8, 8, 12, 12]),
+    ],
+)
+def test_keep_count_in_multiples_by_hand(interval: KeepInterval, counts: list[int]) -> None:
+    assert [keep_count(interval, action) for action in (-1, -0.6, 0, 0.6, 1)] == counts
+
+
+@given(
+    channels=st.integers(1, 60),
+    multiple=st.integers(1, 12),
+    share=st.floats(0, 1),
+    ends=st.tuples(st.integers(0, 60), st.integers(0, 60)),
+    action=st.floats(-1, 1),
+)
+def test_every_keep_count_is_feasible(
+    channels: int, multiple: int, share: float, ends: tuple[int, int], action: float
+) -> None:
+    feasible = sorted({*range(multiple, channels, multiple), channels})
+    low, high = sorted(feasible[end % len(feasible)] for end in ends)
+    interval = KeepInterval(low, low + share * (high - low), high, multiple)
+    count = keep_count(interval, action)
+    assert count in feasible and low <= count <= high
+    assert keep_count(interval, keep_action(interval, count)) == count
+
+
+def test_the_least_reachable_cost_is_that_of_the_least_multiples() -> None:
+    coarse, fine = in_multiples(8), in_multiples(1)
+    assert coarse.min_keep.tolist() == [8] * 9
+    assert reachable_fractions(coarse)["macs"] > reachable_fractions(fine)["macs"]
+    least = reachable_fractions(coarse)["macs"]
+    assert played(coarse, Budget({"macs": least}), np.ones(9)) == [8] * 9
+    with pytest.raises(UserError, match="lower min_keep"):
+        check_reachable(coarse, Budget({"macs": 0.9 * least}))

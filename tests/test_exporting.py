@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,11 @@ from cacp.slicing import slice_model
 CLASSES = tuple("abcdefghij")
 
 
-def exported(folder: Path, model: nn.Module, scope: str, name: str = "resnet20", seed: int = 0) -> nn.Module:
+def exported(
+    folder: Path, model: nn.Module, scope: str, name: str = "resnet20", seed: int = 0, ignore: Sequence[str] = ()
+) -> nn.Module:
     """Slice at random, save, and return the sliced model."""
-    groups = trace(model, torch.zeros(1, 3, 16, 16, device=device_of(model)), scope)
+    groups = trace(model, torch.zeros(1, 3, 16, 16, device=device_of(model)), scope, ignore)
     policy, cost_model = random_policy(groups, seed), CostModel(groups)
     sliced = slice_model(model, groups, policy).eval()
     architecture = Architecture(
@@ -74,6 +77,26 @@ def test_a_network_of_ones_own_is_built_by_its_function(tmp_path: Path) -> None:
         assert torch.equal(load_pruned(tmp_path, build=build)(x), sliced(x))
 
 
+def test_a_network_of_ones_own_is_never_imported_by_its_name_in_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "trap.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    sliced = exported(tmp_path / "export", resnet20(), "inner", name="trap:build")
+    with pytest.raises(UserError, match=r"trap:build, and nothing that a file names is imported; give load_pruned"):
+        load_pruned(tmp_path / "export")
+    loaded = load_pruned(tmp_path / "export", build=resnet20)
+    assert all(torch.equal(tensor, sliced.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+
+
+def test_groups_that_were_ignored_are_loaded_whole(tmp_path: Path) -> None:
+    sliced = exported(tmp_path, resnet20(), "inner", ignore=["layer1.*", "layer2.0.conv1"])
+    assert len(load_architecture(tmp_path).keep_counts) == 9 - 4
+    loaded = load_pruned(tmp_path)
+    assert loaded.get_submodule("layer1.0.conv1").out_channels == 16
+    assert all(torch.equal(tensor, sliced.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+
+
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
@@ -84,7 +107,7 @@ def test_a_network_of_ones_own_is_built_by_its_function(tmp_path: Path) -> None:
         ({"normalisation": {"mean": [0.5]}}, "does not describe a pruned model: KeyError: 'std'"),
         ({"cost": 7}, "does not describe a pruned model: TypeError"),
         ({"scope": "outer"}, "scope must be one of inner, all, but got 'outer'"),
-        ({"keep_counts": {"layer1.0.conv1": 3}}, "layer1.1.conv1: missing"),
+        ({"keep_counts": {"layer1.0.conv1": 3}}, "wrong shape: layer1.1.conv1.weight"),
         ({"model": "resnet1001"}, "but got 'resnet1001'"),
         ({"classes": ["a"]}, "classes must be a whole number from 2 up, but got 1"),
         ({"classes": ["a", "b"]}, "wrong shape: linear.weight"),

@@ -20,10 +20,10 @@ from cacp.methods.taylor import filled_up, threshold_counts
 from cacp.schema import Budget, ChannelGroups, Policy, Score
 
 
-def subject(scope: str = "inner", seed: int = 0, spread: float = 1.0) -> Subject:
+def subject(scope: str = "inner", seed: int = 0, spread: float = 1.0, multiple: int = 1) -> Subject:
     """ResNet-20 with random scores, some groups far more important than others where `spread` is large."""
     model = resnet20()
-    groups = trace(model, torch.zeros(1, 3, 32, 32), scope)
+    groups = trace(model, torch.zeros(1, 3, 32, 32), scope, channel_multiple=multiple)
     generator = np.random.default_rng(seed)
 
     def importance(criterion: str) -> dict[str, Tensor]:
@@ -171,3 +171,21 @@ def test_degradation_curves_are_measured_at_a_purse_of_widths_and_monotone() -> 
     for curve, least in zip(curves, cost_model.min_keep, strict=True):
         assert np.isnan(curve[:least]).all() and curve[-1] == 0
         assert np.all(np.diff(curve[least:]) <= 1e-12) and curve[least] == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("multiple", [2, 3, 8])
+@pytest.mark.parametrize("target", [0.5, 0.7])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_keeps_to_multiples_and_nothing_more_fits(method: str, target: float, multiple: int) -> None:
+    asked, budget = subject(spread=4.0, multiple=multiple), Budget({"macs": target})
+    cost_model = asked.cost_model
+    policy = METHODS[method](asked, budget)
+    policy.validate(asked.groups)
+    kept = np.array(counts(asked.groups, policy))
+    assert all(count in feasible for count, feasible in zip(kept, cost_model.feasible, strict=True))
+    assert cost_model.cost(kept).macs <= target * cost_model.dense.macs
+    if method != "uniform" and not in_window(cost_model.cost(kept), cost_model.dense, budget):
+        for group in np.flatnonzero(kept < cost_model.channels):
+            more = kept.copy()
+            more[group] = cost_model.next_count(kept, group)
+            assert cost_model.cost(more).macs > target * cost_model.dense.macs

@@ -1,12 +1,15 @@
 """The CIFAR ResNets, their shortcuts, and reading weights."""
 
 import hashlib
+import sys
 import urllib.error
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from safetensors.torch import save_file
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -31,7 +34,10 @@ def _textbook_cost(depth: int, size: int, classes: int) -> tuple[int, int]:
     return macs + 64 * classes, params + 64 * classes + classes
 
 
-@pytest.mark.parametrize("name", MODEL_NAMES)
+RESNETS = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
+
+
+@pytest.mark.parametrize("name", RESNETS)
 def test_cost_is_the_textbook_formula(name: str) -> None:
     model = build_model(name, classes=10).to("meta").eval()
     macs, params = _textbook_cost(int(name.removeprefix("resnet")), 32, 10)
@@ -95,10 +101,101 @@ def test_initial_weights_are_kaiming_normal() -> None:
 
 
 def test_wrong_model_arguments_are_listed_together() -> None:
-    with pytest.raises(UserError, match=r"(?s)resnet20, .*resnet110, but got 'resnet50'.*classes must be .* got 1"):
-        build_model("resnet50", 1)
+    with pytest.raises(
+        UserError, match=r"(?s)resnet20, .*resnet110, .*, but got 'resnet57'; near: resnet.*classes must be .* got 1"
+    ):
+        build_model("resnet57", 1)
     with pytest.raises(UserError, match=r"depth must be 6 n \+ 2.*depth=21"):
         ResNet(21, 10)
+
+
+VGG_PARAMS = {11: 9_231_114, 13: 9_416_010, 16: 14_728_266, 19: 20_040_522}  # with ten classes
+
+
+@pytest.mark.parametrize("depth", VGG_PARAMS)
+def test_cifar_vggs_have_the_published_names_and_numbers_of_parameters(depth: int) -> None:
+    model = build_model(f"cifar_vgg{depth}_bn", 10, seed=0)
+    assert sum(parameter.numel() for parameter in model.parameters()) == VGG_PARAMS[depth]
+    assert (
+        sum(isinstance(module, nn.Conv2d | nn.Linear) for module in model.modules()) == depth - 2
+    )  # one linear, not 3
+    state = model.state_dict()
+    assert {"features.0.weight", "features.0.bias", "features.1.running_mean", "classifier.weight"} <= state.keys()
+    with torch.no_grad():
+        assert model.eval()(torch.zeros(2, 3, 40, 33)).shape == (2, 10)
+
+
+def test_torchvision_models_are_built_by_their_names() -> None:
+    assert {"alexnet", "vgg16_bn", "resnet50", "mobilenet_v3_small", "convnext_tiny", "regnet_y_400mf"} <= set(
+        MODEL_NAMES
+    )
+    assert not [name for name in MODEL_NAMES if name.startswith(("vit", "swin", "maxvit"))]
+    assert len(MODEL_NAMES) == len(set(MODEL_NAMES))
+    first, second, other = (build_model("squeezenet1_1", 7, seed=seed).state_dict() for seed in (5, 5, 6))
+    expected = torchvision.models.squeezenet1_1(num_classes=7).state_dict()
+    assert {name: tensor.shape for name, tensor in first.items()} == {name: t.shape for name, t in expected.items()}
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(first["features.0.weight"], other["features.0.weight"])
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_networks_with_auxiliary_heads_are_built_without_them(name: str) -> None:
+    model = build_model(name, 7, seed=0).train()
+    assert model(torch.zeros(2, 3, 75, 75)).shape == (2, 7)
+    assert not [key for key in model.state_dict() if "aux" in key.lower()]
+
+
+OWN = """
+from torch import nn
+
+def build(classes):
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, classes, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+def words(classes):
+    return "a network"
+
+_hidden = build
+number = 5
+"""
+
+
+@pytest.fixture
+def own_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A module with networks of one's own, in a folder where Python finds it."""
+    (tmp_path / "own_networks.py").write_text(OWN)
+    (tmp_path / "broken_networks.py").write_text("import no_such_package")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "own_networks"
+    for name in ("own_networks", "broken_networks"):
+        sys.modules.pop(name, None)
+
+
+def test_a_network_of_ones_own_is_imported_only_where_the_user_named_it(own_network: str) -> None:
+    first, second = (build_model(f"{own_network}:build", 4, seed=3, importing=True) for _ in range(2))
+    assert first(torch.zeros(1, 3, 8, 8)).shape == (1, 4)
+    assert torch.equal(first[0].weight, second[0].weight)
+    sys.modules.pop(own_network)
+    with pytest.raises(UserError, match=r"model must be one of .*, but got 'own_networks:build'"):
+        build_model(f"{own_network}:build", 4)
+    assert own_network not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("own_networks:bild", "must have a function bild(classes), but has build, words"),
+        ("own_networks:number", "must have a function number(classes), but has build, words"),
+        ("own_networks:words", "words(classes) must return a torch.nn.Module, but got str"),
+        ("no_such_networks:build", "no_such_networks cannot be imported (ModuleNotFoundError: No module named"),
+        ("broken_networks:build", "No module named 'no_such_package'); put it beside search.py, or name its folder in"),
+        ("own_networks.build", "model must be one of"),
+        ("own networks:build", "model must be one of"),
+    ],
+)
+def test_a_network_that_cannot_be_built_is_refused(own_network: str, name: str, text: str) -> None:
+    with pytest.raises(UserError) as caught:
+        build_model(name, 4, importing=True)
+    assert text in str(caught.value)
 
 
 @pytest.mark.parametrize("kept_in", [[0, 3, 7], list(range(8)), [5]])
@@ -221,7 +318,7 @@ def test_a_pickled_module_is_refused_and_not_run(tmp_path: Path) -> None:
 
 
 def test_the_published_table() -> None:
-    assert {model for model, _ in PUBLISHED} == set(MODEL_NAMES)
+    assert {model for model, _ in PUBLISHED} == set(RESNETS)
     for (model, dataset), entry in PUBLISHED.items():
         assert dataset == "cifar10"
         assert entry.file.startswith(f"{model}-{entry.sha256[:8]}")  # the name carries the head of the sum

@@ -15,7 +15,7 @@ from cacp.gram import columns, readers
 from cacp.graph import trace
 from cacp.importance import channel_importance, channel_orders
 from cacp.repair import Repair
-from cacp.schema import ChannelGroups, Policy, UserError
+from cacp.schema import Policy, UserError
 from cacp.slicing import kept_entries, slice_model
 
 IMAGES = torch.randn(160, 3, 12, 12, generator=torch.Generator().manual_seed(0))
@@ -154,11 +154,30 @@ def test_reconstruction_adds_the_errors_of_all_that_read_a_stream() -> None:
     assert float(scores[last]) == pytest.approx(expected, rel=0.05, abs=1e-4)
 
 
-def test_reconstruction_needs_images_and_a_layer_that_reads() -> None:
+def test_reconstruction_needs_images() -> None:
     model = streams()
-    groups: ChannelGroups = trace(model, IMAGES[:1])
     with pytest.raises(UserError, match="needs batches of training images, but got none"):
-        channel_importance(model, groups, "reconstruction", [])
-    grouped = Net(lambda m, x: m.b(m.a(x)), a=nn.Conv2d(3, 4, 1), b=nn.Conv2d(4, 4, 3, padding_mode="circular"))
-    with pytest.raises(UserError, match="but none reads a; use another criterion"):
-        channel_importance(grouped, trace(grouped, IMAGES[:1]), "reconstruction", [(IMAGES, torch.zeros(160))])
+        channel_importance(model, trace(model, IMAGES[:1]), "reconstruction", [])
+
+
+def test_a_group_that_no_layer_with_a_gram_matrix_reads_is_ranked_by_l1() -> None:
+    model = Net(lambda m, x: m.b(m.a(x)), a=nn.Conv2d(3, 4, 1), b=nn.Conv2d(4, 4, 3, padding_mode="circular"))
+    groups = trace(model, IMAGES[:1])
+    scores = channel_importance(model, groups, "reconstruction", [(IMAGES, torch.zeros(160))])["a"]
+    assert torch.equal(scores, model.a.weight.detach().abs().sum((1, 2, 3)))
+
+
+def test_channels_of_one_group_of_a_grouped_convolution_go_together() -> None:
+    torch.manual_seed(0)
+    layers = {"a": nn.Conv2d(3, 6, 1), "b": nn.Conv2d(6, 6, 3, padding=1, groups=3), "out": nn.Conv2d(6, 2, 1)}
+    model = Net(lambda m, x: m.out(F.relu(m.b(m.a(x)))).mean((2, 3)), **layers).eval()
+    groups = trace(model, IMAGES[:1])
+    assert [(group.name, group.block) for group in groups.prunable] == [("a", 2)]
+    scores = channel_importance(model, groups, "reconstruction", [(IMAGES, torch.zeros(160))])["a"]
+    assert torch.equal(scores[::2], scores[1::2]) and len(scores.unique()) == 3
+    rows, weights = inputs_of(model, "out"), parameters_of(model.out)
+    order = channel_orders({"a": scores})["a"].tolist()
+    for left in (0, 2, 4):
+        assert float(scores[order[left]]) == pytest.approx(
+            residual(rows, weights, [*sorted(order[:left]), 6]), rel=0.05
+        )

@@ -48,18 +48,21 @@ def degradation_curves(
             least one a group; the dense one is one of them.
 
     Returns:
-        For every group (channels + 1,), by count; nan below its minimum, 0 at the end.
+        For every group (channels + 1,), by count; nan where a group may not have that count, 0 at the end.
     """
     whole = tuple(cost_model.channels.tolist())
     spans = [channels - least for channels, least in zip(whole, cost_model.min_keep.tolist(), strict=True)]
     dense, share = score(whole), _share(spans, evaluations - 1)
     curves = []
-    for group, (channels, least) in enumerate(zip(whole, cost_model.min_keep.tolist(), strict=True)):
-        widths = np.unique(np.linspace(least, channels, min(share, channels - least) + 1).round().astype(int))
+    for group, channels in enumerate(whole):
+        feasible = cost_model.feasible[group]
+        asked = np.linspace(feasible[0], channels, min(share, len(feasible) - 1) + 1).round()  # (W,)
+        widths = feasible[np.unique(np.abs(feasible[:, None] - asked).argmin(axis=0))]
         losses = [dense - score((*whole[:group], width, *whole[group + 1 :])) for width in widths[:-1].tolist()]
         monotone = np.maximum.accumulate([0.0, *losses[::-1]])[::-1]
-        counts = np.arange(channels + 1)
-        curves.append(np.where(counts < least, np.nan, np.interp(counts, widths, monotone)))
+        curve = np.full(channels + 1, np.nan)
+        curve[feasible] = np.interp(feasible, widths, monotone)
+        curves.append(curve)
     return curves
 
 
@@ -96,15 +99,24 @@ def threshold_counts(curves: Sequence[np.ndarray], cost_model: CostModel, budget
 def _filled_up(
     counts: np.ndarray, curves: Sequence[np.ndarray], cost_model: CostModel, budget: Budget
 ) -> tuple[int, ...]:
-    """One channel after another, where the degradation falls most for its MACs, as long as one fits."""
+    """The next count of one group after another, where the degradation falls most for its MACs, as long as one fits."""
     while True:
-        steps = np.eye(len(counts), dtype=int)
+        steps = [cost_model.next_count(counts, group) for group in range(len(counts))]
         fitting = [
-            (float(curves[group][counts[group]] - curves[group][counts[group] + 1]) / added, group)
-            for group in np.flatnonzero(counts < cost_model.channels).tolist()
-            for added in [float(cost_model.change(counts, group, counts[group] + 1)[0])]
-            if meets_targets(cost_model.cost(counts + steps[group]), cost_model.dense, budget)
+            (float(curves[group][counts[group]] - curves[group][step]) / added, group)
+            for group, step in enumerate(steps)
+            if step > counts[group]
+            for added in [float(cost_model.change(counts, group, step)[0])]
+            if meets_targets(cost_model.cost(_replaced(counts, group, step)), cost_model.dense, budget)
         ]
         if not fitting:
             return tuple(counts.tolist())
-        counts = counts + steps[max(fitting)[1]]
+        group = max(fitting)[1]
+        counts = _replaced(counts, group, steps[group])
+
+
+def _replaced(counts: np.ndarray, group: int, count: int) -> np.ndarray:
+    """Counts (G,) with another one for a group."""
+    changed = counts.copy()
+    changed[group] = count
+    return changed

@@ -33,9 +33,10 @@ def threshold_counts(importance: dict[str, Tensor], cost_model: CostModel, budge
     dropped_from = _drop_order(importance, cost_model, cost_model.min_keep)
 
     def counts_after(dropped: int) -> np.ndarray:
-        return cost_model.channels - np.bincount(dropped_from[:dropped], minlength=len(cost_model.names))
+        kept = cost_model.channels - np.bincount(dropped_from[:dropped], minlength=len(cost_model.names))
+        return cost_model.rounded_down(kept)
 
-    fewest, most = 0, len(dropped_from)  # cost falls with every drop: bisect
+    fewest, most = 0, len(dropped_from)  # cost never grows with a drop: bisect
     while fewest < most:
         middle = (fewest + most) // 2
         if meets_targets(cost_model.cost(counts_after(middle)), cost_model.dense, budget):
@@ -60,9 +61,9 @@ def filled_up(
     for group in _drop_order(lost, cost_model, np.zeros_like(filled))[::-1]:
         if in_window(cost_model.cost(filled), cost_model.dense, budget):
             break
-        filled[group] += 1
+        before, filled[group] = filled[group], cost_model.next_count(filled, group)
         if not meets_targets(cost_model.cost(filled), cost_model.dense, budget):
-            filled[group] -= 1
+            filled[group] = before
     return tuple(filled.tolist())
 
 
