@@ -111,7 +111,9 @@ def _parser(
 def _add_setting(group: Any, item: dataclasses.Field[Any], command: str) -> None:
     names = [f"--{item.name}"] + (["--epochs"] if item.name == f"{command}_epochs" else [])
     listed = "list" in str(item.type)
-    kind = {"int": int, "float": float, "str": str, "bool": bool, "int | None": int | None}.get(str(item.type))
+    kinds: dict[str, Any] = {"int": int, "float": float, "str": str, "bool": bool}
+    kinds |= {"int | None": int | None, "float | None": float | None}
+    kind = kinds.get(str(item.type))
     default = list(item.default) if isinstance(item.default, tuple) else item.default
     element = {"targets": macs_target, "ignore": str}.get(item.name, float)
     keywords: dict[str, Any] = {"type": element, "nargs": "+"} if listed else {"type": kind}
