@@ -7,25 +7,22 @@ Shapes: C channels of the group, I inputs, K kernel height x width, B images.
     fpgm     sum over j of ||F_i - F_j||_2: the filters nearest the geometric median go (He et al., CVPR 2019)
     taylor   (gamma dL/dgamma + beta dL/dbeta)^2 of the batch norm behind the filter, averaged over mini-batches
              (Molchanov et al., CVPR 2019, gate after BN)
-    reconstruction  what the layers that read the channels lose when it goes: channels are taken out one after another,
-             each time the one whose loss, all others fitted anew by least squares, is least (Optimal Brain Surgeon,
-             Hassibi & Stork, NIPS 1992, for blocks of weights; the Gram matrices of `cacp.gram`). The score is the sum
-             of squared errors of the outputs after the channel has gone, as a part of their energy. A group that only
-             layers without a Gram matrix read is ranked by l1
+    reconstruction  what the layers that read the channel lose, see `cacp.reconstruction`; a group that only layers
+             without a Gram matrix read is ranked by l1
     random   uniform noise
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cacp.gram import RIDGE, columns, readers
 from cacp.models.modes import training_flags_kept
-from cacp.schema import Axis, ChannelGroup, ChannelGroups, UserError
+from cacp.reconstruction import reconstruction_errors
+from cacp.schema import ChannelGroup, ChannelGroups, UserError
 
 CRITERIA = ("l1", "l2", "fpgm", "taylor", "reconstruction", "random")
 
@@ -94,56 +91,6 @@ def channel_importance(
     return {group.name: _shared(scores[group.name], group.block) for group in groups.prunable}
 
 
-class Elimination:
-    """The least squares of a linear layer's outputs while its input channels go: Y = X W with fewer columns of X.
-
-    Args:
-        gram: (E, E) X'X of the layer's inputs, positive definite.
-        weights: (E, O) W.
-        members: (C, K) entries of every channel.
-    """
-
-    def __init__(self, gram: Tensor, weights: Tensor, members: Tensor) -> None:
-        self._inverse = torch.linalg.inv(gram)
-        self._weights = weights  # fitted anew after every channel
-        self._members = members
-        self._energy = (weights * (gram @ weights)).sum().clamp_min(1e-12)
-
-    def losses(self, channels: Tensor) -> Tensor:
-        """(A,) squared error that is added when a channel of (A,) goes and the rest is fitted anew, as a part of the
-        dense outputs' sum of squares.
-        """
-        entries = self._members[channels]  # (A, K)
-        blocks = self._inverse[entries[:, :, None], entries[:, None, :]]  # (A, K, K)
-        weights = self._weights[entries]  # (A, K, O)
-        return (weights * torch.linalg.solve(blocks, weights)).sum((1, 2)) / self._energy
-
-    def remove(self, channel: int) -> None:
-        gone = self._members[channel]  # (K,)
-        steps = torch.linalg.solve(self._inverse[gone][:, gone], self._inverse[gone])  # (K, E)
-        self._weights = self._weights - steps.T @ self._weights[gone]
-        self._inverse = self._inverse - self._inverse[:, gone] @ steps
-
-
-def removal_errors(layers: Sequence[Elimination], channels: int) -> Tensor:
-    """Errors of the layers that read a group after each of its channels has gone, the cheapest first: (C,) float32.
-
-    >>> gram, weights = torch.diag(torch.tensor([1.0, 4.0])), torch.tensor([[3.0], [1.0]])  # energies 9 and 4
-    >>> 13 * removal_errors([Elimination(gram, weights, torch.tensor([[0], [1]]))], 2)
-    tensor([13.,  4.])
-    """
-    errors, total, left = torch.zeros(channels), 0.0, list(range(channels))
-    while left:
-        losses = torch.stack([layer.losses(torch.tensor(left)) for layer in layers]).sum(0)  # (A,)
-        place = int(losses.argmin())
-        total += float(losses[place])
-        channel = left.pop(place)
-        errors[channel] = total
-        for layer in layers:
-            layer.remove(channel)
-    return errors
-
-
 def channel_orders(importance: dict[str, Tensor]) -> dict[str, Tensor]:
     """Channel indices (C,) of every group, the most important first; ties go to the lower index."""
     return {name: torch.argsort(scores, descending=True, stable=True) for name, scores in importance.items()}
@@ -202,32 +149,5 @@ def _reconstruction(
     model: nn.Module, groups: ChannelGroups, batches: Iterable[tuple[Tensor, Tensor]]
 ) -> dict[str, Tensor]:
     """Errors of all layers that read a group, summed, as its channels go."""
-    found = readers(model, groups, (images for images, _ in batches))
-    eliminations: dict[str, list[Elimination]] = {group.name: [] for group in groups.prunable}
-    for name, reader in found.items():
-        layer = model.get_submodule(name)
-        assert isinstance(layer, nn.Conv2d | nn.Linear)
-        gram = reader.gram.clone()
-        if not gram.any():
-            raise UserError("criterion reconstruction needs batches of training images, but got none")
-        gram.diagonal().add_(RIDGE * gram.diagonal().mean())
-        for group in dict.fromkeys(reader.inputs.segments):
-            if group in eliminations:
-                members = torch.stack([columns(layer, entries) for entries in _members(reader.inputs, groups, group)])
-                members = members.view(-1, groups[group].block * members.shape[1])  # (C / block, K)
-                eliminations[group].append(Elimination(gram, reader.weights, members))
-    unread = channel_importance(model, groups, "l1")
-    return {
-        group.name: removal_errors(layers, group.channels // group.block).repeat_interleave(group.block)
-        if (layers := eliminations[group.name])
-        else unread[group.name]
-        for group in groups.prunable
-    }
-
-
-def _members(axis: Axis, groups: ChannelGroups, group: str) -> Tensor:
-    """(C, K) entries of an axis that belong to each channel of a group."""
-    sizes = [groups[name].channels for name in axis.segments]
-    starts = [sum(sizes[:place]) for place, name in enumerate(axis.segments) if name == group]
-    channels = torch.arange(groups[group].channels)[:, None] + torch.tensor(starts)  # (C, starts)
-    return (channels[..., None] * axis.repeat + torch.arange(axis.repeat)).flatten(1)
+    errors = reconstruction_errors(model, groups, (images for images, _ in batches))
+    return {**channel_importance(model, groups, "l1"), **errors}

@@ -17,7 +17,7 @@ RANKS = {
     "cacp.schema": 0, "cacp.checkpoint": 0, "cacp.profiling": 0,
     "cacp.spaces": 0, "cacp.operators": 0,
     "cacp.models": 1, "cacp.propagation": 1, "cacp.graph": 1, "cacp.cost": 1, "cacp.reward": 1, "cacp.policies": 1,
-    "cacp.gram": 2, "cacp.budget": 2, "cacp.importance": 2, "cacp.data": 2,
+    "cacp.gram": 2, "cacp.reconstruction": 2, "cacp.budget": 2, "cacp.importance": 2, "cacp.data": 2,
     "cacp.slicing": 3, "cacp.repair": 3, "cacp.fusion": 3, "cacp.evaluation": 3, "cacp.training": 3, "cacp.history": 3,
     "cacp.scoring": 4, "cacp.exporting": 4,
     "cacp.methods": 5, "cacp.reporting": 5, "envs": 5, "agents": 5,

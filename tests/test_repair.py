@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from conftest import Net, keep_all, lively, random_policy, resnet20
 from torch import Tensor, nn
 
+from cacp import reconstruction
 from cacp.gram import columns, readers
 from cacp.graph import trace
 from cacp.importance import channel_importance, channel_orders
@@ -181,3 +182,18 @@ def test_channels_of_one_group_of_a_grouped_convolution_go_together() -> None:
         assert float(scores[order[left]]) == pytest.approx(
             residual(rows, weights, [*sorted(order[:left]), 6]), rel=0.05
         )
+
+
+def test_channels_that_go_together_share_the_error_that_they_add(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = streams()
+    groups, batch = trace(model, IMAGES[:1]), [(IMAGES, torch.zeros(160))]
+    singly = channel_importance(model, groups, "reconstruction", batch)["c"]
+    monkeypatch.setattr(reconstruction, "STEPS", 3)  # 2, 2 and 1 of the 5 channels
+    scores = channel_importance(model, groups, "reconstruction", batch)["c"]
+    rows, weights = inputs_of(model, "out"), parameters_of(model.out)
+    order = channel_orders({"c": scores})["c"].tolist()
+    entries = {channel: [24 + 4 * channel + pixel for pixel in range(4)] for channel in range(5)}
+    for left in (0, 1, 3):  # after every step
+        kept = [*range(24), 44, *sorted(itertools.chain(*(entries[channel] for channel in order[:left])))]
+        assert float(scores[order[left]]) == pytest.approx(residual(rows, weights, kept), rel=0.05, abs=2e-4)
+    assert len(scores.unique()) == 5 and order[-1] == channel_orders({"c": singly})["c"].tolist()[-1]
