@@ -108,9 +108,10 @@ def _weights(layer: Layer) -> Tensor:
 
 
 def _unfolded(layer: Layer, inputs: Tensor) -> Tensor:
-    """(N P, E) of a layer's inputs: (N, C, H, W), or (N, C) of a linear one."""
-    rows = inputs
-    if isinstance(layer, nn.Conv2d):
+    """(N P, E) of a layer's inputs: (N, C, H, W), or (N, ..., C) of a linear one."""
+    if isinstance(layer, nn.Linear):
+        rows = inputs.flatten(0, -2)
+    else:
         assert not isinstance(layer.padding, str)
         patches = F.unfold(inputs, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # (N, E, P)
         rows = patches.transpose(1, 2).flatten(0, 1)

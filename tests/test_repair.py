@@ -36,6 +36,18 @@ def streams() -> nn.Module:
     return lively(net)
 
 
+def channels_last() -> nn.Module:
+    """Linear layers over the last axis of feature maps, as ConvNeXt has them."""
+
+    def run(m: nn.Module, x: Tensor) -> Tensor:
+        hidden = F.gelu(m.a(m.stem(x).permute(0, 2, 3, 1)))
+        return m.out(m.b(hidden).permute(0, 3, 1, 2).mean((2, 3)))
+
+    torch.manual_seed(0)
+    layers = {"stem": nn.Conv2d(3, 5, 3), "a": nn.Linear(5, 12), "b": nn.Linear(12, 6), "out": nn.Linear(6, 4)}
+    return Net(run, **layers).eval()
+
+
 def inputs_of(model: nn.Module, name: str) -> Tensor:
     """(N P, E) unfolded inputs of a layer on IMAGES, with a column of ones where it has a bias."""
     seen: list[Tensor] = []
@@ -45,7 +57,9 @@ def inputs_of(model: nn.Module, name: str) -> Tensor:
         model(IMAGES)
     hook.remove()
     rows = seen[0].double()
-    if isinstance(layer, nn.Conv2d):
+    if isinstance(layer, nn.Linear):
+        rows = rows.reshape(-1, layer.in_features)
+    else:
         rows = F.unfold(rows, layer.kernel_size, padding=layer.padding, stride=layer.stride)  # type: ignore[arg-type]
         rows = rows.transpose(1, 2).flatten(0, 1)
     return rows if layer.bias is None else F.pad(rows, (0, 1), value=1.0)
@@ -59,7 +73,13 @@ def parameters_of(layer: nn.Module) -> Tensor:
 
 @pytest.mark.parametrize(
     ("build", "scope", "count"),
-    [(resnet20, "inner", 9), (resnet20, "all", 19), (streams, "inner", 1), (streams, "all", 3)],
+    [
+        (resnet20, "inner", 9),
+        (resnet20, "all", 19),
+        (streams, "inner", 1),
+        (streams, "all", 3),
+        (channels_last, "inner", 3),
+    ],
 )
 def test_every_reader_gets_the_weights_of_torchs_least_squares(
     build: Callable[[], nn.Module], scope: str, count: int
