@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,7 @@ def _parser(
         parser.add_argument("run", metavar="RUN", nargs="?", help=help_text)
     if command == "search":
         help_text = "after the search: the policy that promises most at this macs target, trained or not"
-        parser.add_argument("--ask", type=kept_fraction, help=help_text)
+        parser.add_argument("--ask", type=_Type("kept fraction", kept_fraction), help=help_text)
         parser.add_argument("--profile", action="store_true", help="print at the end where the time went")
     own = [item for item in dataclasses.fields(Experiment) if item.metadata["stage"] in _COMMAND_STAGES[command]]
     rest = [item for item in dataclasses.fields(Experiment) if item not in own]
@@ -108,6 +108,19 @@ def _parser(
     return parser
 
 
+class _Type:
+    """A function that reads an argument, with the name that --help shows for it."""
+
+    def __init__(self, name: str, read: Callable[[Any], Any]) -> None:
+        self._name, self._read = name, read
+
+    def __call__(self, text: Any) -> Any:
+        return self._read(text)
+
+    def __repr__(self) -> str:
+        return self._name
+
+
 def _add_setting(group: Any, item: dataclasses.Field[Any], command: str) -> None:
     names = [f"--{item.name}"] + (["--epochs"] if item.name == f"{command}_epochs" else [])
     listed = "list" in str(item.type)
@@ -115,7 +128,7 @@ def _add_setting(group: Any, item: dataclasses.Field[Any], command: str) -> None
     kinds |= {"int | None": int | None, "float | None": float | None}
     kind = kinds.get(str(item.type))
     default = list(item.default) if isinstance(item.default, tuple) else item.default
-    element = {"targets": macs_target, "ignore": str}.get(item.name, float)
+    element = {"targets": _Type("kept fraction or range", macs_target), "ignore": str}.get(item.name, float)
     keywords: dict[str, Any] = {"type": element, "nargs": "+"} if listed else {"type": kind}
     group.add_argument(*names, default=default, help=item.metadata["help"], **keywords)
 

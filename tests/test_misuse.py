@@ -1,6 +1,7 @@
 """The real commands misused: every mistake ends in one message that names the remedy."""
 
 import json
+import re
 import shutil
 import urllib.error
 import urllib.request
@@ -216,3 +217,9 @@ def test_a_run_from_before_a_setting_goes_on(call: Call, finished: Path, tmp_pat
     assert "search_calibration_images: None -> 64" in call(
         "search", *TINY, "--search_calibration_images=64", "--output", folder, status=2
     )
+
+
+@pytest.mark.parametrize("command", ["pretrain", "search", "prune", "export", "finetune"])
+def test_help_shows_no_python(call: Call, command: str) -> None:
+    shown = call(command, "--help")
+    assert "--targets" in shown and not re.search(r"<(function|class)| at 0x", shown)
