@@ -118,7 +118,7 @@ def method_name(experiment: Experiment) -> str:
 def candidates_of(
     experiment: Experiment, history: History, budget: Budget, env: ChannelPruningEnv, agent: Searcher
 ) -> list[Candidate]:
-    """The best policies that met a target; few do where targets are drawn from a range: there one more is planned.
+    """The best policies that met a target; few do where targets come from a range: there one more is planned.
 
     Raises:
         UserError: if there are none.

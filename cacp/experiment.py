@@ -56,7 +56,7 @@ class Experiment:
     validation_images: int = _setting(
         2000, IDENTITY, "images that score an episode; as many again score the best once more"
     )
-    calibration_images: int = _setting(1024, IDENTITY, "training images that batch norm is recalibrated on")
+    calibration_images: int = _setting(1024, IDENTITY, "training images for repair and batch norm")
     seed: int = _setting(0, IDENTITY, "of everything random")
     batch_size: int = _setting(256, TRAINING, "images in a training step, pretrain and finetune")
     weight_decay: float = _setting(1e-4, TRAINING, "of SGD, pretrain and finetune")
@@ -72,9 +72,9 @@ class Experiment:
     targets: list[float | str] = _setting(
         (0.3, 0.5, 0.7), POLICY, "macs targets: kept fractions of the dense MACs, in (0, 1]; or a range, 0.3:0.8"
     )
-    criterion: str = _setting("reconstruction", POLICY, f"ranks the channels: one of {', '.join(CRITERIA)}")
     macs: float | None = _setting(None, POLICY, "instead of targets, one budget: kept fraction of the dense MACs")
     params: float | None = _setting(None, POLICY, "kept fraction of the dense parameters; alone, or together with macs")
+    criterion: str = _setting("reconstruction", POLICY, f"ranks the channels: one of {', '.join(CRITERIA)}")
     scope: str = _setting("inner", POLICY, "inner (channels inside a block) or all (residual streams too)")
     ignore: list[str] = _setting(
         (), POLICY, "channel groups that stay whole: patterns of their names, or of the layers that produce them"

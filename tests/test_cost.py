@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import Net, policy_counts, random_policy, resnet20
+from conftest import Net, keep_all, policy_counts, random_policy, resnet20
 from torch import nn
 
-from cacp.cost import CostModel, counted_cost
+from cacp.cost import CostModel, counted_cost, layer_costs
+from cacp.cost import __main__ as command
 from cacp.graph import trace
 from cacp.models import build_model
 from cacp.schema import Cost
@@ -147,3 +149,24 @@ def test_layers_that_tracing_does_not_know_are_counted_whole() -> None:
     cost_model = CostModel(groups)
     assert cost_model.dense == counted_cost(model, (3, 8, 8))
     assert [group.name for group in groups.prunable] == ["3"]
+
+
+def test_layers_add_up_to_the_cost_of_a_policy() -> None:
+    model = resnet20()
+    groups = trace(model, torch.zeros(1, 3, 32, 32), "all")
+    for policy in (keep_all(groups), random_policy(groups, 3)):
+        layers = layer_costs(groups, policy.counts)
+        macs, params = (sum(one.cost[column] for one in layers) for column in (0, 1))
+        assert (macs + groups.fixed_macs, params + groups.fixed_params) == counted_cost(
+            slice_model(model, groups, policy), (3, 32, 32)
+        )
+    first = next(one for one in layer_costs(groups, {"conv1": 4}) if one.layer.module == "layer1.0.conv1")
+    assert (first.inputs, first.outputs, first.cost) == (4, 16, (32 * 32 * 9 * 4 * 16, 9 * 4 * 16))
+
+
+def test_the_command_prints_layer_by_layer(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["cost", "--model=resnet32"])
+    command.main()
+    shown = capsys.readouterr().out
+    assert "68.86 M" in shown and "464,154" in shown  # by hand; He et al. 2015: 0.46 M parameters
+    assert [line for line in shown.splitlines() if "layer3.4.conv2" in line and "64 of 64" in line and "100.00" in line]

@@ -38,13 +38,19 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FIL
 
 
 def unit(module: str) -> str:
-    """The part of the layout that a module belongs to: `cacp.data` for cacp.data.images."""
+    """The part of the layout that a module belongs to: `cacp.data` for cacp.data.images; a command is its own."""
+    if is_command(module):
+        return module
     return ".".join(module.split(".")[: 2 if module.startswith("cacp.") else 1])
 
 
+def is_command(module: str) -> bool:
+    """Whether a module is typed: search.py, or `python -m` of a package."""
+    return FILES[module].parent == ROOT or FILES[module].name == "__main__.py"
+
+
 def rank(module: str) -> int:
-    path = FILES[module]
-    return ENTRY_POINT_RANK if path.parent == ROOT else RANKS[unit(module)]
+    return ENTRY_POINT_RANK if is_command(module) else RANKS[unit(module)]
 
 
 def imported(name: str) -> Iterator[str]:
@@ -63,7 +69,7 @@ def imported(name: str) -> Iterator[str]:
 
 
 def test_every_module_has_a_rank_and_every_rank_a_module() -> None:
-    units = {unit(name) for name in FILES if FILES[name].parent != ROOT}
+    units = {unit(name) for name in FILES if not is_command(name)}
     assert units == set(RANKS)
     assert {"search", "prune", "export", "finetune", "pretrain"} <= set(FILES)
 

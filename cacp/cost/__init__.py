@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from cacp.models.modes import training_flags_kept
-from cacp.schema import Axis, ChannelGroups, Cost
+from cacp.schema import Axis, ChannelGroups, Cost, Layer
 
 
 class CostModel:
@@ -130,6 +131,36 @@ def _entries(groups: ChannelGroups, position: Mapping[str, int], axis: Axis | No
         key, count = ((position[name],), 1) if name in position else ((), groups[name].channels)
         entries[key] = entries.get(key, 0) + count * axis.repeat
     return entries
+
+
+class LayerCost(NamedTuple):
+    """A layer, the entries of its axes that are kept (`inputs` is 0 for a per-channel layer), and what it costs."""
+
+    layer: Layer
+    inputs: int
+    outputs: int
+    cost: Cost
+
+
+def layer_costs(groups: ChannelGroups, keep_counts: Mapping[str, int]) -> list[LayerCost]:
+    """Cost of every layer that tracing knows, in forward order.
+
+    Args:
+        groups: of the model.
+        keep_counts: kept channels by group; a group that is not named is whole.
+    """
+
+    def kept(axis: Axis | None) -> int:
+        segments = axis.segments if axis else ()
+        return sum(keep_counts.get(name, groups[name].channels) for name in segments) * (axis.repeat if axis else 0)
+
+    found = []
+    for layer in groups.layers:
+        n_in, n_out = kept(layer.inputs), kept(layer.outputs)
+        pairs = (n_in if layer.inputs else 1) * n_out
+        params = layer.params_per_pair * pairs + layer.params_per_out * n_out
+        found.append(LayerCost(layer, n_in, n_out, Cost(layer.macs_per_pair * pairs, params)))
+    return found
 
 
 def counted_cost(model: nn.Module, image_shape: Sequence[int]) -> Cost:
