@@ -150,13 +150,12 @@ def layer_costs(groups: ChannelGroups, keep_counts: Mapping[str, int]) -> list[L
         keep_counts: kept channels by group; a group that is not named is whole.
     """
 
-    def kept(axis: Axis | None) -> int:
-        segments = axis.segments if axis else ()
-        return sum(keep_counts.get(name, groups[name].channels) for name in segments) * (axis.repeat if axis else 0)
+    def kept(axis: Axis) -> int:
+        return axis.repeat * sum(keep_counts.get(name, groups[name].channels) for name in axis.segments)
 
     found = []
     for layer in groups.layers:
-        n_in, n_out = kept(layer.inputs), kept(layer.outputs)
+        n_in, n_out = kept(layer.inputs) if layer.inputs else 0, kept(layer.outputs)
         pairs = (n_in if layer.inputs else 1) * n_out
         params = layer.params_per_pair * pairs + layer.params_per_out * n_out
         found.append(LayerCost(layer, n_in, n_out, Cost(layer.macs_per_pair * pairs, params)))

@@ -51,7 +51,7 @@ def degradation_curves(
         For every group (channels + 1,), by count; nan where a group may not have that count, 0 at the end.
     """
     whole = tuple(cost_model.channels.tolist())
-    spans = [channels - least for channels, least in zip(whole, cost_model.min_keep.tolist(), strict=True)]
+    spans = [len(feasible) - 1 for feasible in cost_model.feasible]
     dense, share = score(whole), _share(spans, evaluations - 1)
     curves = []
     for group, channels in enumerate(whole):
