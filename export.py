@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cacp.checkpoint import load_json, load_tensors, save_json
+from cacp.checkpoint import load_json, load_tensors, save_json, sha256
 from cacp.config import experiment_from, parse
 from cacp.cost import counted_cost
 from cacp.evaluation import device_of
@@ -28,7 +28,7 @@ from cacp.pipeline import (
     run_command,
     select_device,
 )
-from cacp.policies import load_policies
+from cacp.policies import load_policies, weights_path
 from cacp.reporting import console, millions, percent, table
 from cacp.schema import PolicyRecord, UserError
 
@@ -53,7 +53,7 @@ def main() -> None:
         if is_current(folder, record):
             continue
         bench = bench or build_workbench(experiment)
-        export(bench, experiment, record, folder)
+        export(with_weights(bench, experiment.folder, record), experiment, record, folder)
         console.print(f"exported {folder}")
     reports = {name: load_json(folder / "report.json") for name, folder in folders.items()}
     show_reports(reports, experiment.folder)
@@ -64,6 +64,22 @@ def is_current(folder: Path, record: PolicyRecord) -> bool:
     """Whether the folder holds the export of exactly this policy."""
     path = folder / "report.json"
     return path.is_file() and load_json(path, ["policy"])["policy"] == record.to_json()
+
+
+def with_weights(bench: Workbench, folder: Path, record: PolicyRecord) -> Workbench:
+    """The workbench of the weights that a policy goes with: the dense model's, or those that its method has trained.
+
+    Raises:
+        UserError: if these are not the ones that the policy file names.
+    """
+    if not record.weights_sha256:
+        return bench
+    path = weights_path(folder, record.budget.name)
+    if not path.is_file() or sha256(path) != record.weights_sha256:
+        raise UserError(
+            f"{path} is missing or not the file of its policy; delete {folder}/policies and run prune.py again"
+        )
+    return bench.retrained(load_tensors(path))
 
 
 def export(bench: Workbench, experiment: Experiment, record: PolicyRecord, folder: Path) -> None:

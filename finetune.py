@@ -15,7 +15,7 @@ from torch import nn
 
 from cacp.checkpoint import load_json, save_json, sha256
 from cacp.config import experiment_from, parse
-from cacp.data import Splits, load_dataset
+from cacp.data import Splits
 from cacp.dense import DenseModel, load_dense
 from cacp.evaluation import device_of, evaluate_data
 from cacp.experiment import Experiment
@@ -24,6 +24,7 @@ from cacp.pipeline import (
     check_run,
     environment,
     load_exported,
+    load_images,
     load_splits,
     run_command,
     select_device,
@@ -32,6 +33,7 @@ from cacp.pipeline import (
 from cacp.policies import load_policies
 from cacp.reporting import console, millions, percent, table, track_training
 from cacp.schema import UserError
+from cacp.sweep import load_sweep, save_sweep
 from cacp.training import EpochRecord, Recipe, chosen_epoch, fit
 
 
@@ -56,6 +58,8 @@ def main() -> None:
             folder = folders[export.name]
             model, records = train(experiment, recipe, export, folder, splits, dense)
             finish(experiment, recipe, export, folder, model, records, dense)
+    if rows := load_sweep(experiment.folder):
+        save_sweep(experiment.folder, rows)
     show_results({name: load_json(folder / "result.json") for name, folder in folders.items()}, experiment.folder)
 
 
@@ -102,7 +106,8 @@ def finish(
     dense: DenseModel,
 ) -> None:
     """Read the test set, once, and write the model and its result; result.json last."""
-    test = load_dataset(experiment.dataset, "test", Path(experiment.data_dir), experiment.image_size)
+    test = load_images(experiment, "test")
+    assert test is not None
     before = load_exported(experiment, export).to(device_of(dense.model))
     tops = {
         name: evaluate_data(candidate, test, dense.normalisation).top1

@@ -1,55 +1,177 @@
-"""Prune by a criterion-driven method, without episodes: the baselines of the search.
+"""Prune by a criterion-driven method, without episodes: CAIE, GFI-AP, SFP, FPGM, Taylor, magnitude, one's own.
 
     python prune.py --config configs/digits_resnet56.yaml --method taylor --output runs/digits_taylor
+    python prune.py --config configs/digits_resnet56.yaml --method gfi_ap --sweep 0.3:0.7:0.1 --output runs/digits_sweep
 
-Writes policies/NAME.json for every target; export.py and finetune.py take them as they are.
+Writes policies/NAME.json for every target or quantile, with NAME.safetensors where the method trains; export.py and
+finetune.py take them as they are. Method magnitude, which cuts no channel, writes unstructured/NAME/ instead.
 """
 
+import copy
+import math
 import sys
+import time
+from functools import partial
+from pathlib import Path
 
 from cacp.budget import check_reachable
+from cacp.checkpoint import load_json, save_json, save_tensors
 from cacp.config import experiment_from, parse
-from cacp.methods import METHODS, Subject
-from cacp.pipeline import build_workbench, open_run, run_command, select_device
+from cacp.experiment import Experiment
+from cacp.methods import Pruned, Subject, Training, make_method
+from cacp.pipeline import Workbench, build_workbench, environment, open_run, run_command, select_device, training_recipe
 from cacp.policies import missing_policies, save_policy
-from cacp.reporting import console, percent, show_policies
-from cacp.schema import PolicyRecord
+from cacp.reporting import console, percent, show_policies, table, track_training
+from cacp.schema import Budget, PolicyRecord
+from cacp.sweep import SweepRow, load_sweep, save_sweep
 
 
 def main() -> None:
     experiment = experiment_from(parse("prune", "Prune by a method without episodes.", sys.argv[1:]))
     select_device(experiment.device)
     open_run(experiment)
-    budgets = experiment.budgets
-    names = [budget.name for budget in budgets]
-    if missing_policies(experiment.folder, names, experiment.method):
-        bench = build_workbench(experiment)
-        console.print(
-            f"dense {experiment.model}: {percent(bench.dense.validation_top1)} % top-1 on the validation images"
-        )
-        subject = Subject(
-            groups=bench.groups,
-            cost_model=bench.cost_model,
-            importance=bench.importance,
-            criterion=experiment.criterion,
-            score=bench.scorer,
-            evaluations=experiment.episodes,
-        )
-        for budget in budgets:
+    if experiment.quantiles:
+        run_sweep(experiment)
+    elif experiment.method == "magnitude":
+        run_unstructured(experiment)
+    else:
+        run_budgets(experiment)
+
+
+def run_budgets(experiment: Experiment) -> None:
+    """A policy for every budget, but those that are there."""
+    names = [budget.name for budget in experiment.budgets]
+    missing = missing_policies(experiment.folder, names, experiment.method)
+    if missing:
+        bench = opened(experiment)
+        for budget in experiment.budgets:
             check_reachable(bench.cost_model, budget)
-        for budget in budgets:
-            policy = METHODS[experiment.method](subject, budget)
-            record = PolicyRecord(
-                policy=policy,
-                budget=budget,
-                score=bench.rescorer(policy),
-                search_score=bench.scorer(policy),
-                method=experiment.method,
-                episode=0,
-                scope=experiment.scope,
-            )
-            save_policy(experiment.folder, record)
+        method = make_method(experiment.method, experiment.method_options)
+        for budget in experiment.budgets:
+            if budget.name in missing:
+                save(experiment, bench, method(subject_of(experiment, bench, budget.name), budget), budget)
     show_policies(experiment.folder, names)
+
+
+def run_sweep(experiment: Experiment) -> None:
+    """A policy for every quantile, named by the MACs that it keeps; sweep/sweep.csv and the plots."""
+    missing_policies(experiment.folder, [], experiment.method)
+    rows = load_sweep(experiment.folder)
+    waiting = [one for one in experiment.quantile_list if one not in {row.quantile for row in rows}]
+    if waiting:
+        bench = opened(experiment)
+        for quantile in waiting:
+            start = time.perf_counter()
+            method = make_method(experiment.method, {**experiment.method_options, "quantile": quantile})
+            pruned = method(
+                subject_of(experiment, bench, f"quantile-{quantile:g}"), Budget({"macs": 1.0})
+            )  # any budget
+            record = save(experiment, bench, pruned, None)
+            seconds = time.perf_counter() - start
+            macs, params = (cost / dense for cost, dense in zip(record.score.cost, bench.cost_model.dense, strict=True))
+            threshold, top1 = pruned.details["threshold"], record.score.top1
+            rows.append(SweepRow(quantile, threshold, record.budget.name, macs, params, top1, seconds))
+            save_sweep(experiment.folder, rows)
+    show_policies(experiment.folder, [row.policy for row in rows])
+
+
+def run_unstructured(experiment: Experiment) -> None:
+    """Networks with single weights zero: unstructured/NAME/, model.safetensors and result.json."""
+    folders = [experiment.folder / "unstructured" / budget.name for budget in experiment.budgets]
+    pairs = zip(experiment.budgets, folders, strict=True)
+    waiting = [budget for budget, folder in pairs if not (folder / "result.json").is_file()]
+    if waiting:
+        bench = opened(experiment)
+        method = make_method(experiment.method, {})
+        for budget in waiting:
+            pruned = method(subject_of(experiment, bench, budget.name), budget)
+            save_unstructured(bench, pruned, budget, experiment.folder / "unstructured" / budget.name)
+    show_unstructured(experiment.folder, folders)
+
+
+def opened(experiment: Experiment) -> Workbench:
+    """The workbench, and a line about the dense model."""
+    bench = build_workbench(experiment)
+    console.print(f"dense {experiment.model}: {percent(bench.dense.validation_top1)} % top-1 on the validation images")
+    return bench
+
+
+def subject_of(experiment: Experiment, bench: Workbench, name: str) -> Subject:
+    """What a method gets for one policy; its training, if it trains, is kept in method/`name`/."""
+    folder = experiment.folder / "method" / name
+    return Subject(
+        model=bench.dense.model,
+        groups=bench.groups,
+        cost_model=bench.cost_model,
+        importance=bench.importance,
+        criterion=experiment.criterion,
+        score=bench.scorer,
+        evaluations=experiment.episodes,
+        normalisation=bench.dense.normalisation,
+        training=Training(
+            images=bench.splits.train,
+            recipe=training_recipe(experiment, epochs=1, lr=1.0, schedule="constant"),  # the method's own replace these
+            seed=experiment.seed,
+            folder=folder / "checkpoint",
+            track=partial(track_training, folder=folder, title=f"{experiment.method} {name}"),
+        ),
+    )
+
+
+def save(experiment: Experiment, bench: Workbench, pruned: Pruned, budget: Budget | None) -> PolicyRecord:
+    """Score a policy with the weights that it goes with, and write it.
+
+    Args:
+        experiment: of the run.
+        bench: of the dense model.
+        pruned: has a policy.
+        budget: that it was made for; None takes the MACs that it keeps, rounded up.
+    """
+    policy = pruned.policy
+    assert policy is not None
+    judge = bench if pruned.weights is None else bench.retrained(pruned.weights)
+    score = judge.rescorer(policy)
+    if budget is None:
+        budget = Budget({"macs": math.ceil(1e4 * score.cost.macs / bench.cost_model.dense.macs) / 1e4})
+    record = PolicyRecord(
+        policy=policy,
+        budget=budget,
+        score=score,
+        search_score=judge.scorer(policy),
+        method=experiment.method,
+        episode=0,
+        scope=experiment.pruned_scope,
+        details=pruned.details,
+    )
+    save_policy(experiment.folder, record, pruned.weights)
+    return record
+
+
+def save_unstructured(bench: Workbench, pruned: Pruned, budget: Budget, folder: Path) -> None:
+    """Recalibrate and score a network whose single weights are zero, and write it; result.json last."""
+    assert pruned.weights is not None
+    model = copy.deepcopy(bench.dense.model)
+    model.load_state_dict(pruned.weights)
+    bench.rescorer.recalibrated(model)
+    save_tensors(folder / "model.safetensors", model.state_dict())
+    result = {
+        "budget": dict(budget.targets),
+        **pruned.details,
+        "holdout_top1": bench.rescorer.evaluate(model).top1,
+        "dense_holdout_top1": bench.rescorer.evaluate(bench.dense.model).top1,
+        "environment": environment(bench.seed),
+    }
+    save_json(folder / "result.json", result)
+
+
+def show_unstructured(folder: Path, made: list[Path]) -> None:
+    results = {path.name: load_json(path / "result.json") for path in made}
+    rows = [
+        [name, f"{result['sparsity']:.4f}", percent(result["dense_holdout_top1"]), percent(result["holdout_top1"])]
+        for name, result in results.items()
+    ]
+    title = f"networks of {folder} with single weights zero: nothing to export; top-1 in %"
+    console.print(table(title, ["network", "sparsity", "dense", "before fine-tuning"], rows))
 
 
 if __name__ == "__main__":

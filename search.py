@@ -155,7 +155,7 @@ def best_record(
         search_score=winner.score,
         method=method_name(experiment),
         episode=winner.episode,
-        scope=experiment.scope,
+        scope=experiment.pruned_scope,
     )
 
 

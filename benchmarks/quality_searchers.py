@@ -12,8 +12,8 @@ from agents.planner import Plan, Ratios
 from benchmarks.published_cacp import published_search
 from benchmarks.quality_cell import BETWEEN, POLICIES, TARGETS, Cell, Found
 from cacp.budget import uniform_counts
-from cacp.methods import Subject, taylor
 from cacp.methods.sensitivity import degradation_curves, threshold_counts
+from cacp.methods.threshold import most_important_counts
 from cacp.reward import log_odds_reward
 from cacp.schema import TARGET_TOLERANCE, Budget, Score
 from envs import ChannelPruningEnv, EpisodeResult
@@ -75,9 +75,11 @@ def by_sensitivity(cell: Cell) -> list[Found]:
 
 def by_taylor(cell: Cell) -> list[Found]:
     cell.criterion = "taylor"
-    subject = Subject(cell.groups, cell.cost_model, cell.importance, "taylor", cell.scorer_of_policies, 0)
-    budgets = [Budget({"macs": target}) for target in TARGETS]
-    return [Found(budget.targets["macs"], tuple(taylor(subject, budget).counts.values()), 0.0) for budget in budgets]
+    importance, cost_model = cell.importance("taylor"), cell.cost_model
+    return [
+        Found(target, most_important_counts(importance, cost_model, Budget({"macs": target})), 0.0)
+        for target in TARGETS
+    ]
 
 
 # ours without a part ------------------------------------------------------------------------------------------------

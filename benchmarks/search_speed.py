@@ -118,10 +118,10 @@ def main() -> None:
     if min(policies, repeats) < 1:
         raise UserError(f"policies and repeats must be at least 1, but got {policies=}, {repeats=}")
     experiment = experiment_from(parse("search", "Measure the speed of scoring policies.", rest))
-    if experiment.scope != "inner":
+    if experiment.pruned_scope != "inner":
         raise UserError(
             "scope must be inner, as neither zeroed weights nor Torch-Pruning reach the channels that a shortcut "
-            f"without weights passes on, but got {experiment.scope!r}"
+            f"without weights passes on, but got {experiment.pruned_scope!r}"
         )
     load_before = os.getloadavg()
     result = measure(subject_of(experiment), experiment.targets, policies, repeats, experiment.seed)

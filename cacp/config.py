@@ -17,10 +17,28 @@ import jsonargparse
 import yaml
 
 from cacp.checkpoint import write_atomically
-from cacp.experiment import FINETUNE, IDENTITY, MACHINE, POLICY, TRAINING, Experiment, kept_fraction, macs_target
+from cacp.experiment import (
+    FINETUNE,
+    IDENTITY,
+    MACHINE,
+    POLICY,
+    TRAINING,
+    Experiment,
+    kept_fraction,
+    macs_target,
+    quantile,
+)
 from cacp.schema import COSTS, UserError
 
-_LISTS = {"targets": "[0.3, 0.5]", "mean": "[0.5, 0.5, 0.5]", "std": "[0.2, 0.2, 0.2]", "ignore": "[layer1.*]"}
+_LISTS = {
+    "targets": "[0.3, 0.5]",
+    "quantiles": "[0.41]",
+    "mean": "[0.5, 0.5, 0.5]",
+    "std": "[0.2, 0.2, 0.2]",
+    "ignore": "[layer1.*]",
+}
+_ALIASES = {"quantiles": ["--quantile", "--sweep"]}
+_BUDGETS: dict[tuple[str, ...], Any] = {("targets",): [], COSTS: None, ("quantiles",): []}  # kinds, what none is
 _COMMAND_STAGES = {
     "pretrain": (IDENTITY, TRAINING),
     "search": (POLICY,),
@@ -57,19 +75,18 @@ def parse(command: str, description: str, argv: Sequence[str], run_argument: boo
 def _with_one_kind_of_budget(
     namespace: jsonargparse.Namespace, argv: Sequence[str], files: Sequence[str]
 ) -> jsonargparse.Namespace:
-    """Flags of one kind replace the other kind of the files, and those of a file the default targets."""
-    flags = {word.partition("=")[0].lstrip("-") for word in argv if word.startswith("--")}
+    """Flags of one kind replace the other kinds of the files, and those of a file the default targets."""
+    aliases = {alias.lstrip("-"): name for name, others in _ALIASES.items() for alias in others}
+    words = {word.partition("=")[0].lstrip("-") for word in argv if word.startswith("--")}
+    flags = {aliases.get(word, word) for word in words}
     listed = set[str]().union(*(_given_keys(path) for path in files))
     for given in (flags, listed):
-        if given & set(COSTS) and "targets" not in given:
-            namespace["targets"] = []
+        if any(given.intersection(kind) for kind in _BUDGETS):
+            for kind, empty in _BUDGETS.items():
+                if not given.intersection(kind):
+                    for key in kind:
+                        namespace[key] = empty
             break
-        if "targets" in given and not given & set(COSTS):
-            for cost in COSTS:
-                namespace[cost] = None
-            break
-        if given & {"targets", *COSTS}:
-            break  # both kinds: Experiment refuses them
     return namespace
 
 
@@ -122,13 +139,24 @@ class _Type:
 
 
 def _add_setting(group: Any, item: dataclasses.Field[Any], command: str) -> None:
-    names = [f"--{item.name}"] + (["--epochs"] if item.name == f"{command}_epochs" else [])
+    stage = "method" if command == "prune" else command
+    names = [f"--{item.name}", *_ALIASES.get(item.name, []), *(["--epochs"] if item.name == f"{stage}_epochs" else [])]
     listed = "list" in str(item.type)
     kinds: dict[str, Any] = {"int": int, "float": float, "str": str, "bool": bool}
-    kinds |= {"int | None": int | None, "float | None": float | None}
+    kinds |= {
+        "int | None": int | None,
+        "float | None": float | None,
+        "str | None": str | None,
+        "bool | None": bool | None,
+    }
     kind = kinds.get(str(item.type))
     default = list(item.default) if isinstance(item.default, tuple) else item.default
-    element = {"targets": _Type("kept fraction or range", macs_target), "ignore": str}.get(item.name, float)
+    elements = {
+        "targets": _Type("kept fraction or range", macs_target),
+        "quantiles": _Type("quantile or range", quantile),
+        "ignore": str,
+    }
+    element = elements.get(item.name, float)
     keywords: dict[str, Any] = {"type": element, "nargs": "+"} if listed else {"type": kind}
     group.add_argument(*names, default=default, help=item.metadata["help"], **keywords)
 

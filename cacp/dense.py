@@ -14,7 +14,7 @@ from cacp.data import Splits, fingerprint
 from cacp.evaluation import device_of, evaluate_data
 from cacp.experiment import Experiment
 from cacp.models import build_model
-from cacp.models.weights import PUBLISHED, fetch_published, load_weights
+from cacp.models.weights import fetch_published, load_weights, published_weights_of
 from cacp.schema import Normalisation, UserError
 
 DENSE_KEYS = ("sha256", "split_sha256", "mean", "std", "classes", "trained_on", "validation_top1", "validation_unseen")
@@ -71,7 +71,8 @@ def published_weights(experiment: Experiment) -> _Weights:
         UserError: offline, for a wrong checksum, or where none are published.
     """
     path = fetch_published(experiment.model, experiment.dataset, Path(experiment.data_dir) / "weights")
-    published = PUBLISHED[experiment.model, experiment.dataset]
+    published = published_weights_of(experiment.model, experiment.dataset)
+    assert published is not None  # else there was nothing to fetch
     return _Weights(path, published.normalisation, published.trained_on)
 
 

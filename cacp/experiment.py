@@ -17,16 +17,26 @@ from agents import AGENTS, WARMUP_EPISODES
 from cacp.data import DATASETS
 from cacp.evaluation import PRECISIONS
 from cacp.graph import MIN_KEEP_RATIO, SCOPES
-from cacp.importance import CRITERIA
-from cacp.methods import METHODS
+from cacp.importance import CRITERIA, DISTANCES
+from cacp.methods import METHOD_HELP, METHODS, known_method, method_entry
 from cacp.models import MODEL_HELP, wrong_name
+from cacp.schedules import SCHEDULE_HELP, is_schedule
 from cacp.schema import COSTS, Budget, UserError
-from cacp.training import SCHEDULES
 
 # What a setting shapes: who the dense model is and which images judge it, how networks are trained, the policies, the
 # fine-tuning, or nothing but where and on what a command runs.
 IDENTITY, TRAINING, POLICY, FINETUNE, MACHINE = "identity", "training", "policy", "finetune", "machine"
 LARGEST_SEED = 2**32 - 1
+METHOD_OPTIONS = (
+    "method_epochs",
+    "method_lr",
+    "method_schedule",
+    "distance",
+    "norm_share",
+    "constraint_aware",
+    "channels_per_step",
+    "batches_per_step",
+)
 
 
 def _setting(default: Any, stage: str, help: str) -> Any:
@@ -48,7 +58,12 @@ class Experiment:
     )
     dataset: str = _setting("digits", IDENTITY, f"one of {', '.join(DATASETS)}")
     data_dir: str = _setting("data", MACHINE, "folder of the data set; cifar10 and cifar100 are downloaded there")
-    image_size: int | None = _setting(None, IDENTITY, "imagefolder: resize and crop to this many pixels a side")
+    image_size: int | None = _setting(
+        None, IDENTITY, "imagefolder, imagenet: resize and crop to this many pixels a side; imagenet: 224 by default"
+    )
+    workers: int | None = _setting(
+        None, MACHINE, "imagefolder, imagenet: processes that decode images (default: one for each core, at most 16)"
+    )
     mean: list[float] | None = _setting(
         None, IDENTITY, "a weights file: mean of the normalisation it expects, in [0, 1]"
     )
@@ -62,20 +77,25 @@ class Experiment:
     weight_decay: float = _setting(1e-4, TRAINING, "of SGD, pretrain and finetune")
     flip: bool = _setting(True, TRAINING, "mirror training images at random; not for digits and letters")
     crop_padding: int = _setting(4, TRAINING, "pixels that a training image is shifted by at most")
+    resized_crop: bool | None = _setting(
+        None, TRAINING, "training images are random crops of any size, not shifted; default: for imagenet"
+    )
     precision: str = _setting(
         "auto", TRAINING, "auto (bf16 where the device has it), fp32 or bf16; training and search"
     )
     device: str = _setting("auto", MACHINE, "auto, cpu, cuda or cuda:N")
     pretrain_epochs: int = _setting(200, TRAINING, "weights train: epochs of the dense model")
     pretrain_lr: float = _setting(0.1, TRAINING, "weights train: highest learning rate")
-    pretrain_schedule: str = _setting("cosine", TRAINING, f"weights train: one of {', '.join(SCHEDULES)}")
+    pretrain_schedule: str = _setting("cosine", TRAINING, f"weights train: {SCHEDULE_HELP}")
     targets: list[float | str] = _setting(
         (0.3, 0.5, 0.7), POLICY, "macs targets: kept fractions of the dense MACs, in (0, 1]; or a range, 0.3:0.8"
     )
     macs: float | None = _setting(None, POLICY, "instead of targets, one budget: kept fraction of the dense MACs")
     params: float | None = _setting(None, POLICY, "kept fraction of the dense parameters; alone, or together with macs")
     criterion: str = _setting("reconstruction", POLICY, f"ranks the channels: one of {', '.join(CRITERIA)}")
-    scope: str = _setting("inner", POLICY, "inner (channels inside a block) or all (residual streams too)")
+    scope: str | None = _setting(
+        None, POLICY, "inner (channels inside a block) or all (residual streams too); default: the method's, else inner"
+    )
     ignore: list[str] = _setting(
         (), POLICY, "channel groups that stay whole: patterns of their names, or of the layers that produce them"
     )
@@ -89,12 +109,29 @@ class Experiment:
         900, POLICY, "policies to score, all targets together; search, and prune --method sensitivity"
     )
     warmup_episodes: int = _setting(WARMUP_EPISODES, POLICY, "search: episodes drawn at random before the agent plans")
-    method: str = _setting("uniform", POLICY, f"prune: one of {', '.join(METHODS)}")
+    method: str = _setting("uniform", POLICY, f"prune: {METHOD_HELP}")
+    method_epochs: int | None = _setting(
+        None, POLICY, "sfp, fpgm: epochs, 200 by default; gfi_ap: of retraining after every group, none by default"
+    )
+    method_lr: float | None = _setting(
+        None, POLICY, "sfp, fpgm, caie, gfi_ap: learning rate; 0.1, 0.1, 0.001, 0.008 by default"
+    )
+    method_schedule: str | None = _setting(None, POLICY, "sfp, fpgm: x0.2@60,120,160/200 by default")
+    distance: str | None = _setting(None, POLICY, f"fpgm: between filters, one of {', '.join(DISTANCES)}; default: l2")
+    norm_share: float | None = _setting(
+        None, POLICY, "fpgm: part of the pruned filters that go by their norm; default: 0; the published mix is 0.25"
+    )
+    constraint_aware: bool | None = _setting(
+        None, POLICY, "caie: false ranks channels by their importance alone; default: true"
+    )
+    channels_per_step: int | None = _setting(None, POLICY, "caie: channels that go in a step; default: 25")
+    batches_per_step: int | None = _setting(None, POLICY, "caie: mini-batches that train between; default: 30")
+    quantiles: list[float | str] = _setting(
+        (), POLICY, "gfi_ap, instead of targets: parts of all filters that go, or LOW:HIGH:STEP; --quantile, --sweep"
+    )
     finetune_epochs: int = _setting(400, FINETUNE, "epochs of every exported model")
     finetune_lr: float = _setting(0.1, FINETUNE, "highest learning rate")
-    finetune_schedule: str = _setting(
-        "paper", FINETUNE, "paper (x0.1 every 20 epochs), step (x0.1 at half and three quarters) or cosine"
-    )
+    finetune_schedule: str = _setting("paper", FINETUNE, SCHEDULE_HELP)
 
     def __post_init__(self) -> None:
         empty = [
@@ -104,15 +141,35 @@ class Experiment:
         ]
         if empty:
             raise UserError("these settings are empty:\n  " + "\n  ".join(empty))
-        for key in ("targets", "ignore"):
+        for key in ("targets", "ignore", "quantiles"):
             object.__setattr__(self, key, tuple(dict.fromkeys(getattr(self, key))))
-        wrong = [*_wrong_choices(self), *_wrong_numbers(self), *_wrong_budgets(self)]
+        wrong = [*_wrong_choices(self), *_wrong_numbers(self), *_wrong_budgets(self), *_wrong_options(self)]
         if wrong:
             raise UserError("these settings are out of range:\n  " + "\n  ".join(wrong))
 
     @property
     def folder(self) -> Path:
         return Path(self.output)
+
+    @property
+    def crops(self) -> bool:
+        """Whether training images are random crops of any size: as given, or for ImageNet."""
+        return self.dataset == "imagenet" if self.resized_crop is None else self.resized_crop
+
+    @property
+    def pruned_scope(self) -> str:
+        """The scope: as given, or the one of the method's source."""
+        return self.scope or method_entry(self.method).scope
+
+    @property
+    def method_options(self) -> dict[str, Any]:
+        """The options of the method, None where its default serves."""
+        return {key: getattr(self, key) for key in method_entry(self.method).options if key in METHOD_OPTIONS}
+
+    @property
+    def quantile_list(self) -> list[float]:
+        """The quantiles one by one, ascending."""
+        return _quantile_list(self.quantiles)
 
     @property
     def target_range(self) -> tuple[float, float] | None:
@@ -122,27 +179,32 @@ class Experiment:
     @property
     def budgets(self) -> list[Budget]:
         """What gets a policy: the one budget of `macs` and `params`, or every listed target, or the ends of the range
-        and every tenth between.
+        and every tenth between; nothing where quantiles are asked for.
         """
+        if self.quantiles:
+            return []
         if not self.targets:
             return [Budget({cost: getattr(self, cost) for cost in COSTS if getattr(self, cost) is not None})]
         return [Budget({"macs": target}) for target in _policy_targets(self)]
 
 
 def _wrong_choices(experiment: Experiment) -> list[str]:
-    choices: dict[str, Sequence[str]] = {
+    choices: dict[str, Sequence[str | None]] = {
         "dataset": DATASETS,
         "criterion": CRITERIA,
-        "scope": SCOPES,
+        "scope": (None, *SCOPES),
+        "distance": (None, *DISTANCES),
         "agent": tuple(AGENTS),
-        "method": tuple(METHODS),
-        "pretrain_schedule": SCHEDULES,
-        "finetune_schedule": SCHEDULES,
         "precision": PRECISIONS,
     }
     wrong = [fault] if (fault := wrong_name(experiment.model, importing=True)) else []
+    if not known_method(experiment.method):
+        wrong.append(f"method must be {METHOD_HELP}, but got {experiment.method!r}")
+    for key in ("pretrain_schedule", "finetune_schedule", "method_schedule"):
+        if (value := getattr(experiment, key)) is not None and not is_schedule(value):
+            wrong.append(f"{key} must be {SCHEDULE_HELP}, but got {value!r}")
     return wrong + [
-        f"{key} must be one of {', '.join(known)}, but got {getattr(experiment, key)!r}"
+        f"{key} must be one of {', '.join(filter(None, known))}, but got {getattr(experiment, key)!r}"
         for key, known in choices.items()
         if getattr(experiment, key) not in known
     ]
@@ -154,13 +216,17 @@ def _wrong_numbers(experiment: Experiment) -> list[str]:
         "validation_images",
         "calibration_images",
         "search_calibration_images",
+        "workers",
         "batch_size",
         "pretrain_epochs",
         "episodes",
         "finetune_epochs",
         "channel_multiple",
+        "method_epochs",
+        "channels_per_step",
+        "batches_per_step",
     )
-    for key in (*positive, "pretrain_lr", "finetune_lr", "min_keep"):
+    for key in (*positive, "pretrain_lr", "finetune_lr", "method_lr", "min_keep"):
         value = getattr(experiment, key)
         if value is not None and not (math.isfinite(value) and value > 0):
             wrong.append(f"{key} must be above 0, but got {value}")
@@ -183,6 +249,44 @@ def _wrong_numbers(experiment: Experiment) -> list[str]:
     return wrong
 
 
+def _wrong_options(experiment: Experiment) -> list[str]:
+    """Options that another method than the chosen one takes, or out of range."""
+    if not known_method(experiment.method):
+        return []
+    wrong = []
+    own = method_entry(experiment.method).options
+    for option in METHOD_OPTIONS:
+        takers = [name for name, entry in METHODS.items() if option in entry.options]
+        if getattr(experiment, option) is not None and option not in own:
+            wrong.append(
+                f"{option} is an option of --method {', '.join(takers)}, but method is {experiment.method}; "
+                "leave it out"
+            )
+    if experiment.norm_share is not None and not 0 <= experiment.norm_share <= 1:
+        wrong.append(f"norm_share must lie in [0, 1], but got {experiment.norm_share}")
+    if experiment.quantiles and experiment.method != "gfi_ap":
+        wrong.append(f"quantiles are an option of --method gfi_ap, but method is {experiment.method}; give targets")
+    outside = [one for one in _quantile_list(experiment.quantiles) if not 0 < one < 1]
+    if outside:
+        wrong.append(
+            f"quantiles must lie in (0, 1), but got {outside}: 0 prunes nothing, 1 empties every layer; 0.41 is the "
+            "published one"
+        )
+    return wrong
+
+
+def _quantile_list(quantiles: Sequence[float | str]) -> list[float]:
+    """The quantiles one by one, ascending."""
+    found = []
+    for given in quantiles:
+        if isinstance(given, str):
+            low, high, step = map(float, given.split(":"))
+            found += [low + index * step for index in range(round((high - low) / step) + 1)]
+        else:
+            found.append(float(given))
+    return sorted({round(one, 6) for one in found})
+
+
 def _policy_targets(experiment: Experiment) -> list[float]:
     if experiment.target_range is None:
         return [float(target) for target in experiment.targets]
@@ -193,6 +297,9 @@ def _policy_targets(experiment: Experiment) -> list[float]:
 
 def _wrong_budgets(experiment: Experiment) -> list[str]:
     given = {cost: getattr(experiment, cost) for cost in COSTS if getattr(experiment, cost) is not None}
+    if experiment.quantiles:
+        both = [name for name, values in (("targets", experiment.targets), ("macs or params", given)) if values]
+        return [f"quantiles and {name} exclude each other; give one" for name in both]
     if given and experiment.targets:
         return [
             f"targets, and macs or params, exclude each other, but got targets {list(experiment.targets)} and {given}"
@@ -238,6 +345,25 @@ def _wrong_episodes(experiment: Experiment, targets: int) -> list[str]:
             f"but got {experiment.warmup_episodes}; lower it, or use --agent random"
         )
     return wrong
+
+
+def quantile(text: float | str) -> float | str:
+    """A quantile, or LOW:HIGH:STEP as it is written.
+
+    Raises:
+        ArgumentTypeError: if it is neither.
+    """
+    try:
+        if not isinstance(text, str) or ":" not in text:
+            return float(text)
+        low, high, step = map(float, text.split(":"))
+    except ValueError as error:
+        raise ArgumentTypeError(
+            f"a quantile is a number or LOW:HIGH:STEP, like 0.3:0.7:0.1, but got {text!r}"
+        ) from error
+    if not (step > 0 and low <= high):
+        raise ArgumentTypeError(f"LOW:HIGH:STEP must rise by a STEP above 0, like 0.3:0.7:0.1, but got {text!r}")
+    return f"{low:g}:{high:g}:{step:g}"
 
 
 def macs_target(text: float | str) -> float | str:

@@ -20,8 +20,8 @@ from cacp.checkpoint import load_json, save_json, save_tensors
 from cacp.evaluation import device_of, synchroniser
 from cacp.graph import trace
 from cacp.models import build_model
-from cacp.models.own import is_own
 from cacp.models.weights import load_weights
+from cacp.own import is_own
 from cacp.schema import ChannelGroups, Cost, Normalisation, Policy, UserError
 from cacp.slicing import slice_model
 

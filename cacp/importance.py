@@ -9,6 +9,7 @@ Shapes: C channels of the group, I inputs, K kernel height x width, B images.
              (Molchanov et al., CVPR 2019, gate after BN)
     reconstruction  what the layers that read the channel lose, see `cacp.reconstruction`; a group that only layers
              without a Gram matrix read is ranked by l1
+    gfi      the largest mean response to a class, see `cacp.gfi`; mean over the producers of a group
     random   uniform noise
 """
 
@@ -20,11 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cacp.gfi import filter_importance
 from cacp.models.modes import training_flags_kept
 from cacp.reconstruction import reconstruction_errors
 from cacp.schema import ChannelGroup, ChannelGroups, UserError
 
-CRITERIA = ("l1", "l2", "fpgm", "taylor", "reconstruction", "random")
+DISTANCES = ("l2", "l1", "cosine")
+CRITERIA = ("l1", "l2", "fpgm", "taylor", "reconstruction", "gfi", "random")
 
 
 def l1(filters: Tensor) -> Tensor:
@@ -39,8 +42,16 @@ def l2(filters: Tensor) -> Tensor:
 
 def fpgm(filters: Tensor) -> Tensor:
     """Sum of Euclidean distances to all filters of the layer: (C, ...) -> (C,)."""
+    return distances(filters, "l2").sum(1)
+
+
+def distances(filters: Tensor, distance: str) -> Tensor:
+    """Distances between all filters of a layer, one of DISTANCES: (C, ...) -> (C, C)."""
     flat = filters.flatten(1)  # (C, I*K)
-    return torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist").sum(1)
+    if distance == "cosine":
+        unit = F.normalize(flat)
+        return 1 - unit @ unit.T
+    return torch.cdist(flat, flat, p=float(distance[1:]), compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def taylor_change(gamma: Tensor, beta: Tensor, gamma_gradient: Tensor, beta_gradient: Tensor) -> Tensor:
@@ -67,7 +78,8 @@ def channel_importance(
         model: the dense model; its weights, gradients and mode are left as they are.
         groups: of this model.
         criterion: one of CRITERIA.
-        batches: for taylor and reconstruction: (images (B, C, H, W) normalised, labels (B,)) on the model's device.
+        batches: for taylor, reconstruction and gfi (class after class): (images (B, C, H, W) normalised, labels (B,))
+            on the model's device.
         seed: for random.
 
     Raises:
@@ -79,16 +91,18 @@ def channel_importance(
         return _taylor(model, groups, batches)
     if criterion == "reconstruction":
         return _reconstruction(model, groups, batches)
-    if criterion == "random":
+    if criterion == "gfi":
+        scores = filter_importance(model, groups, batches)
+    elif criterion == "random":
         generator = torch.Generator().manual_seed(seed)
         scores = {group.name: torch.rand(group.channels, generator=generator) for group in groups.prunable}
     else:
         score = _WEIGHT_CRITERIA[criterion]
         scores = {
-            group.name: torch.stack([score(filters) for filters in _filters(model, group)]).sum(0).cpu()
+            group.name: torch.stack([score(filters) for filters in filters_of(model, group)]).sum(0).cpu()
             for group in groups.prunable
         }
-    return {group.name: _shared(scores[group.name], group.block) for group in groups.prunable}
+    return {group.name: shared(scores[group.name], group.block) for group in groups.prunable}
 
 
 def channel_orders(importance: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -96,12 +110,12 @@ def channel_orders(importance: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: torch.argsort(scores, descending=True, stable=True) for name, scores in importance.items()}
 
 
-def _shared(scores: Tensor, block: int) -> Tensor:
+def shared(scores: Tensor, block: int) -> Tensor:
     """Scores (C,), those of every `block` channels in a row summed up and given to each of them."""
     return scores.view(-1, block).sum(1).repeat_interleave(block)
 
 
-def _filters(model: nn.Module, group: ChannelGroup) -> list[Tensor]:
+def filters_of(model: nn.Module, group: ChannelGroup) -> list[Tensor]:
     """Weights (C, ...) of the layers that produce the group; shortcuts have none."""
     modules = [model.get_submodule(name) for name in group.producers]
     return [module.weight.detach().float() for module in modules if isinstance(module, nn.Conv2d | nn.Linear)]
@@ -109,7 +123,7 @@ def _filters(model: nn.Module, group: ChannelGroup) -> list[Tensor]:
 
 def _taylor(model: nn.Module, groups: ChannelGroups, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
     """Mean over mini-batches of (sum over the group's batch norms of gamma dL/dgamma + beta dL/dbeta)^2."""
-    norms = _batch_norms(model, groups)
+    norms = batch_norms(model, groups)
     parameters = [parameter for modules in norms.values() for norm in modules for parameter in (norm.weight, norm.bias)]
     sums = {name: torch.zeros(groups[name].channels) for name in norms}
     count = 0
@@ -125,14 +139,14 @@ def _taylor(model: nn.Module, groups: ChannelGroups, batches: Iterable[tuple[Ten
                     torch.stack([slopes[id(norm.weight)] for norm in modules]),
                     torch.stack([slopes[id(norm.bias)] for norm in modules]),
                 )
-                sums[name] += (_shared(change, groups[name].block) ** 2).cpu()
+                sums[name] += (shared(change, groups[name].block) ** 2).cpu()
             count += 1
     if not count:
         raise UserError("criterion taylor needs batches of training images, but got none")
     return {name: total / count for name, total in sums.items()}
 
 
-def _batch_norms(model: nn.Module, groups: ChannelGroups) -> dict[str, list[nn.BatchNorm2d]]:
+def batch_norms(model: nn.Module, groups: ChannelGroups) -> dict[str, list[nn.BatchNorm2d]]:
     """The affine batch norms of every prunable group, in forward order."""
     norms: dict[str, list[nn.BatchNorm2d]] = {group.name: [] for group in groups.prunable}
     for axis in groups.axes:
@@ -141,7 +155,7 @@ def _batch_norms(model: nn.Module, groups: ChannelGroups) -> dict[str, list[nn.B
             norms.get(axis.segments[0], []).append(module)
     without = [name for name, modules in norms.items() if not modules]
     if without:
-        raise UserError(f"criterion taylor needs a batch norm behind every group, but {', '.join(without)} have none")
+        raise UserError(f"taylor and caie need a batch norm behind every group, but {', '.join(without)} have none")
     return norms
 
 

@@ -5,15 +5,17 @@ This is where an `Experiment` becomes the plain arguments that the library takes
 
 from __future__ import annotations
 
+import copy
 import errno
+import itertools
 import os
 import platform
 import re
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from cacp.budget import check_reachable
 from cacp.checkpoint import load_json, save_json
 from cacp.config import differences, save_config, stage_keys
 from cacp.cost import CostModel
-from cacp.data import Splits, load_dataset, make_splits, normalise
+from cacp.data import MEMORY_LIMIT_BYTES, ImageData, Splits, load_dataset, make_splits, normalise
 from cacp.dense import DenseModel, checked_top1, import_weights, load_dense, published_weights
 from cacp.evaluation import device_of, resolve_precision
 from cacp.experiment import IDENTITY, POLICY, TRAINING, Experiment
@@ -33,7 +35,7 @@ from cacp.exporting import load_architecture, load_pruned
 from cacp.graph import trace
 from cacp.importance import channel_importance, channel_orders
 from cacp.models import build_model
-from cacp.models.own import is_own
+from cacp.own import is_own
 from cacp.profiling import Profile
 from cacp.schema import ChannelGroups, Normalisation, Policy, Score, UserError
 from cacp.scoring import CALIBRATION_BATCH, PolicyScorer
@@ -94,7 +96,7 @@ def open_run(experiment: Experiment) -> None:
     made = {
         IDENTITY: ("dense/result.json", "dense/checkpoint"),
         TRAINING: ("dense/result.json", "dense/checkpoint"),
-        POLICY: ("search/checkpoint", "policies"),
+        POLICY: ("search/checkpoint", "policies", "method", "unstructured"),
     }
     done = [stage for stage, parts in made.items() if any((folder / part).exists() for part in parts)]
     _refuse_differences(experiment, done)
@@ -193,13 +195,16 @@ def select_device(name: str) -> torch.device:
 
 def load_splits(experiment: Experiment) -> Splits:
     """Training, validation, holdout and calibration images; the test set stays closed."""
-    sets = {
-        split: load_dataset(experiment.dataset, split, Path(experiment.data_dir), experiment.image_size)
-        for split in ("train", "val")
-    }
-    train = sets["train"]
+    train, val = load_images(experiment, "train"), load_images(experiment, "val")
     assert train is not None
-    return make_splits(train, sets["val"], experiment.validation_images, experiment.calibration_images, experiment.seed)
+    return make_splits(train, val, experiment.validation_images, experiment.calibration_images, experiment.seed)
+
+
+def load_images(experiment: Experiment, split: str) -> ImageData | None:
+    """A split of the experiment's data set; training images stay in their files where crops of any size are cut out."""
+    limit = 0 if experiment.crops and split == "train" else MEMORY_LIMIT_BYTES
+    folder = Path(experiment.data_dir)
+    return load_dataset(experiment.dataset, split, folder, experiment.image_size, limit, experiment.workers)
 
 
 def load_inputs(experiment: Experiment) -> Splits:
@@ -239,7 +244,7 @@ def check_targets(experiment: Experiment, splits: Splits) -> None:
 def channel_groups(experiment: Experiment, model: nn.Module, example: Tensor) -> ChannelGroups:
     """The groups of a model, as the experiment wants them pruned."""
     multiple = experiment.channel_multiple
-    return trace(model, example, experiment.scope, experiment.ignore, experiment.min_keep, multiple)
+    return trace(model, example, experiment.pruned_scope, experiment.ignore, experiment.min_keep, multiple)
 
 
 def load_exported(experiment: Experiment, folder: Path) -> nn.Module:
@@ -261,6 +266,7 @@ def training_recipe(experiment: Experiment, epochs: int, lr: float, schedule: st
         schedule=schedule,
         padding=experiment.crop_padding,
         flip=experiment.flip,
+        resized_crop=experiment.crops,
         precision=experiment.precision,
     )
 
@@ -279,24 +285,40 @@ class Workbench:
     rescorer: PolicyScorer  # on the holdout images, fp32, batch norm recalibrated on all calibration images
     splits: Splits
     seed: int
+    scorers: Callable[[nn.Module], tuple[PolicyScorer, PolicyScorer]]  # both of them, for any weights of the network
+    _importance: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    def retrained(self, weights: Mapping[str, Tensor]) -> Workbench:
+        """The same for other full-size weights: what a method has made of the dense ones."""
+        model = copy.deepcopy(self.dense.model)
+        model.load_state_dict(weights)
+        scorer, rescorer = self.scorers(model)
+        return replace(self, scorer=scorer, rescorer=rescorer)
 
     def importance(self, criterion: str) -> dict[str, Tensor]:
-        """Channel scores."""
-        model = self.dense.model
-        batches = criterion_batches(criterion, self.splits, self.dense.normalisation, device_of(model))
-        return channel_importance(model, self.groups, criterion, batches, self.seed)
+        """Channel scores, by each criterion computed once."""
+        if criterion not in self._importance:
+            model = self.dense.model
+            batches = criterion_batches(criterion, self.splits, self.dense.normalisation, device_of(model))
+            self._importance[criterion] = channel_importance(model, self.groups, criterion, batches, self.seed)
+        return self._importance[criterion]
 
 
 def criterion_batches(
     criterion: str, splits: Splits, normalisation: Normalisation, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of training images (B, C, H, W), normalised, and labels (B,), for a criterion that needs them: as many as
-    calibrate batch norm, or for gradients, which differ much from batch to batch, GRADIENT_IMAGES.
+    calibrate batch norm; for gradients, which differ much from batch to batch, GRADIENT_IMAGES; for gfi all of them,
+    class after class.
     """
     data = splits.calibration
+    parts = [torch.arange(len(data))]
     if criterion == "taylor":
-        data = splits.train.subset(torch.arange(min(GRADIENT_IMAGES, len(splits.train))))
-    for indices in torch.arange(len(data)).split(CALIBRATION_BATCH):
+        data, parts = splits.train, [torch.arange(min(GRADIENT_IMAGES, len(splits.train)))]
+    if criterion == "gfi":
+        data = splits.train
+        parts = [(data.labels == label).nonzero().flatten() for label in data.labels.unique()]
+    for indices in itertools.chain.from_iterable(part.split(CALIBRATION_BATCH) for part in parts):
         yield normalise(data.batch(indices), normalisation, device), data.labels[indices].to(device)
 
 
@@ -310,17 +332,26 @@ def build_workbench(experiment: Experiment, profile: Profile | None = None) -> W
     checked_top1(dense.model, splits, dense.normalisation)
     groups = channel_groups(experiment, dense.model, dense.example)
     precision = resolve_precision(experiment.precision, device)
-    model, calibration, normalisation = dense.model, splits.calibration, dense.normalisation
+    calibration, normalisation = splits.calibration, dense.normalisation
     few = min(experiment.search_calibration_images or len(calibration), len(calibration))
     searching = calibration.subset(torch.arange(few))
+
+    def scorers(model: nn.Module) -> tuple[PolicyScorer, PolicyScorer]:
+        return (
+            PolicyScorer(model, groups, splits.validation, searching, normalisation, precision, profile),
+            PolicyScorer(model, groups, splits.holdout, calibration, normalisation),
+        )
+
+    scorer, rescorer = scorers(dense.model)
     return Workbench(
         dense=dense,
         groups=groups,
         cost_model=CostModel(groups),
-        scorer=PolicyScorer(model, groups, splits.validation, searching, normalisation, precision, profile),
-        rescorer=PolicyScorer(model, groups, splits.holdout, calibration, normalisation),
+        scorer=scorer,
+        rescorer=rescorer,
         splits=splits,
         seed=experiment.seed,
+        scorers=scorers,
     )
 
 

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from cacp.checkpoint import load_json, save_json
+from torch import Tensor
+
+from cacp.checkpoint import load_json, save_json, save_tensors, sha256
 from cacp.schema import PolicyRecord, UserError
 
 
-def save_policy(folder: Path, record: PolicyRecord) -> None:
-    """Write policies/NAME.json of a run folder."""
+def save_policy(folder: Path, record: PolicyRecord, weights: Mapping[str, Tensor] | None = None) -> None:
+    """Write policies/NAME.json of a run folder, and NAME.safetensors first where a method has trained `weights`."""
+    if weights is not None:
+        save_tensors(weights_path(folder, record.budget.name), weights)
+        record = replace(record, weights_sha256=sha256(weights_path(folder, record.budget.name)))
     save_json(folder / "policies" / f"{record.budget.name}.json", record.to_json())
+
+
+def weights_path(folder: Path, name: str) -> Path:
+    """Where the full-size weights of a policy are."""
+    return folder / "policies" / f"{name}.safetensors"
 
 
 def load_policies(folder: Path) -> list[PolicyRecord]:
@@ -21,6 +32,11 @@ def load_policies(folder: Path) -> list[PolicyRecord]:
         UserError: if there are none, or one is damaged.
     """
     paths = sorted((folder / "policies").glob("*.json"))
+    if not paths and (folder / "unstructured").is_dir():
+        raise UserError(
+            f"{folder} holds networks of prune.py --method magnitude: single weights are zero, no channel falls, so "
+            "there is nothing to slice; use another method, in another folder"
+        )
     if not paths:
         raise UserError(f"{folder} holds no policies; run search.py or prune.py on it first")
     return [PolicyRecord.from_json(load_json(path), str(path)) for path in paths]

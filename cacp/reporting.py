@@ -122,8 +122,7 @@ def log_best_policy(logger: Logger, groups: ChannelGroups, budget: str, episode:
 def policy_figure(groups: ChannelGroups, counts: Sequence[int], title: str) -> Figure:
     """Bars of the kept channels of every prunable group, in front of all of them."""
     prunable = groups.prunable
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9, 3.2)
     axes = figure.subplots()
     positions = range(len(prunable))
     axes.bar(positions, [group.channels for group in prunable], color="#d9dde3", label="channels")
@@ -147,8 +146,7 @@ def save_tradeoff(folder: Path, front: Sequence[Candidate], dense: Cost) -> None
         [f"{part:.6f}", one.score.cost.macs, *one.score[:3], one.episode] for part, one in zip(kept, front, strict=True)
     ]
     save_csv(folder / "tradeoff.csv", [["macs_kept", "macs", "top1", "loss", "probability", "episode"], *rows])
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(6, 4)
     axes = figure.subplots()
     lines = {"probability of the true class, which picks the policy": "probability", "top-1 of that policy": "top1"}
     for (label, number), colour in zip(lines.items(), ("#2563a8", "#b45309"), strict=True):
@@ -157,9 +155,21 @@ def save_tradeoff(folder: Path, front: Sequence[Candidate], dense: Cost) -> None
     axes.set_xlabel("MACs kept at most")
     axes.set_ylabel("on the validation images, before fine-tuning, %")
     axes.legend(frameon=False)
+    save_figure(folder / "tradeoff.svg", figure)
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, inches; matplotlib's windows and global state stay out of it."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(path: Path, figure: Figure) -> None:
+    """Write a figure as SVG."""
     image = io.StringIO()
     figure.savefig(image, format="svg", metadata={"Date": None})
-    write_atomically(folder / "tradeoff.svg", image.getvalue())
+    write_atomically(path, image.getvalue())
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:

@@ -276,6 +276,8 @@ class PolicyRecord:
     method: str  # the agent or method that found it
     episode: int  # 0 for a method without episodes
     scope: str = "inner"
+    weights_sha256: str = ""  # of NAME.safetensors beside it, from a method that trains; empty: the dense model's serve
+    details: Mapping[str, float] = field(default_factory=dict)  # figures of the method's
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -283,6 +285,8 @@ class PolicyRecord:
             "method": self.method,
             "episode": self.episode,
             "scope": self.scope,
+            "weights_sha256": self.weights_sha256,
+            "details": dict(self.details),
             "criterion": self.policy.criterion,
             "cost": self.score.cost._asdict(),
             "score": self.score.to_json(),
@@ -310,6 +314,8 @@ class PolicyRecord:
                 method=str(data["method"]),
                 episode=int(data["episode"]),
                 scope=str(data["scope"]),
+                weights_sha256=str(data["weights_sha256"]),
+                details={str(name): float(value) for name, value in data["details"].items()},
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise UserError(

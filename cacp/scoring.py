@@ -144,7 +144,10 @@ class PolicyScorer:
 
     def sliced(self, policy: Policy) -> nn.Module:
         """The pruned model in eval mode, its weights repaired, batch norm recalibrated."""
-        model = self.repaired(policy)
+        return self.recalibrated(self.repaired(policy))
+
+    def recalibrated(self, model: nn.Module) -> nn.Module:
+        """Any model in eval mode, its batch norm recalibrated in place."""
         with self._profile.phase("recalibration"), autocast(self._device, self._precision):
             recalibrate_batchnorm(model, self._calibration, CALIBRATION_BATCH)
         return model.eval()

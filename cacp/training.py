@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,10 +39,9 @@ from cacp.evaluation import (
     resolve_precision,
 )
 from cacp.models.modes import training_flags_kept
+from cacp.schedules import SCHEDULE_HELP, is_schedule, learning_rate
 from cacp.schema import Normalisation, UserError
 
-SCHEDULES = ("paper", "step", "cosine")
-WARMUP_FRACTION = 0.05  # of the whole length, "cosine" only
 DIVERGENCE_CHECK_STEPS = 100  # reading the loss waits for the device, so not every step
 
 
@@ -70,7 +69,8 @@ class EpochRecord(NamedTuple):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How `fit` trains: SGD without Nesterov, random shift by up to `padding` pixels, random mirroring (`flip`).
+    """How `fit` trains: SGD without Nesterov, random mirroring (`flip`), random shift by up to `padding` pixels, or
+    with `resized_crop` instead of a shift random crops of any size and shape (ImageNet's way).
 
     Raises:
         UserError: listing every value that is out of range.
@@ -84,6 +84,7 @@ class Recipe:
     schedule: str = "cosine"
     padding: int = 4
     flip: bool = True
+    resized_crop: bool = False
     precision: str = "auto"
 
     def __post_init__(self) -> None:
@@ -93,7 +94,7 @@ class Recipe:
             "momentum": (0 <= self.momentum < 1, "in [0, 1)"),
             "weight_decay": (0 <= self.weight_decay < math.inf, "0 or more"),
             "batch_size": (self.batch_size >= 1, "at least 1"),
-            "schedule": (self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
+            "schedule": (is_schedule(self.schedule), SCHEDULE_HELP),
             "padding": (self.padding >= 0, "0 or more"),
             "precision": (self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
         }
@@ -103,30 +104,9 @@ class Recipe:
         if wrong:
             raise UserError("; ".join(wrong))
 
-
-def learning_rate(schedule: str, base_lr: float, epoch: float, epochs: int) -> float:
-    """The learning rate after `epoch` (may be fractional, 0 at the start) of `epochs` epochs.
-
-    "paper": x0.1 every 20 epochs, whatever the length. "step": x0.1 at 50 % and again at 75 % of the length.
-    "cosine": linear from 0 over the first 5 % of the length, then half a cosine down to 0. `fit` asks in the middle of
-    every step, so that no step is taken with 0, and a run of at most 10 steps has no warm-up that could be noticed.
-
-    Raises:
-        UserError: for an unknown schedule.
-
-    >>> [round(learning_rate("step", 0.1, epoch, 40), 6) for epoch in (0, 19.9, 20, 30)]
-    [0.1, 0.1, 0.01, 0.001]
-    """
-    progress = epoch / epochs
-    if schedule == "paper":
-        return base_lr * 0.1 ** (epoch // 20)
-    if schedule == "step":
-        return base_lr * 0.1 ** ((progress >= 0.5) + (progress >= 0.75))
-    if schedule == "cosine":
-        if progress < WARMUP_FRACTION:
-            return base_lr * progress / WARMUP_FRACTION
-        return base_lr * 0.5 * (1 + math.cos(math.pi * (progress - WARMUP_FRACTION) / (1 - WARMUP_FRACTION)))
-    raise UserError(f"schedule must be one of {', '.join(SCHEDULES)}, but got {schedule!r}")
+    def steps(self, images: int) -> int:
+        """Mini-batches of a pass over so many images."""
+        return math.ceil(images / self.batch_size)
 
 
 def chosen_epoch(records: Sequence[EpochRecord]) -> int:
@@ -142,12 +122,15 @@ def chosen_epoch(records: Sequence[EpochRecord]) -> int:
 
 @dataclass
 class FitState:
-    """All that a fit carries from epoch to epoch. `best_weights` is the state dict of `chosen_epoch(records)`."""
+    """All that a fit carries from epoch to epoch. `best_weights` is the state dict of `chosen_epoch(records)`; `extras`
+    are tensors of a method that trains.
+    """
 
     model: nn.Module
     optimizer: torch.optim.SGD
     records: list[EpochRecord]
     best_weights: dict[str, Tensor] | None = None
+    extras: dict[str, Tensor] = field(default_factory=dict)
 
     def save(self, folder: Path, settings: dict[str, Any]) -> None:
         """Write the state, with the settings it belongs to, as one checkpoint."""
@@ -155,6 +138,7 @@ class FitState:
             "weights": self.model.state_dict(),
             "best_weights": self.best_weights,
             "optimizer": self.optimizer.state_dict(),
+            "extras": self.extras,
         }
         tensors, structure = pack(state)
         records = [record._asdict() for record in self.records]
@@ -174,6 +158,7 @@ class FitState:
         _check_shapes(folder, state["weights"], self.model.state_dict())
         self.model.load_state_dict(state["weights"])
         self.best_weights = state["best_weights"]
+        self.extras = state.get("extras", {})
         self.optimizer.load_state_dict(state["optimizer"])
         for parameter, slots in self.optimizer.state.items():
             # In the parameter's memory format: a mixture of two may round the update differently in the last bit.
@@ -190,14 +175,14 @@ def fit(
     recipe: Recipe,
     seed: int,
     checkpoint_dir: Path | None = None,
+    after_epoch: Callable[[nn.Module], None] | None = None,
 ) -> Iterator[EpochRecord]:
     """Train `model` in place, on its device, and yield a record after every epoch.
 
     When the iterator is exhausted, the model holds the weights of `chosen_epoch(records)`; while it runs, those of the
     epoch just yielded. Before a record is yielded the checkpoint of its epoch is on disk. A call that finds a
     checkpoint of the same recipe and seed yields its records again and goes on, on a CPU bit-equal to a run that was
-    never broken off. A caller may change weights between epochs (soft pruning does), as a function of the weights
-    alone: it is then applied to the resumed weights as well.
+    never broken off.
 
     Args:
         model: classifier, (B, C, H, W) -> (B, classes); its memory format becomes channels_last, the fastest measured.
@@ -207,6 +192,7 @@ def fit(
         recipe: how to train.
         seed: fixes data order, augmentation and dropout; not the initial weights.
         checkpoint_dir: folder of this run's checkpoint alone; None saves nothing.
+        after_epoch: changes the weights after every epoch, before they are validated and saved (soft pruning does).
 
     Raises:
         UserError: for an empty data set, a precision that the device does not have, or a checkpoint of another recipe,
@@ -217,9 +203,9 @@ def fit(
     if validation is not None:
         check_batching("validation", len(validation), recipe.batch_size)
     dtype = resolve_precision(recipe.precision, device_of(model))
-    job = _Job(train, validation, normalisation, recipe, seed, device_of(model), dtype)
+    job = _Job(train, validation, normalisation, recipe, seed, device_of(model), dtype, after_epoch)
     model.to(memory_format=torch.channels_last)
-    state = FitState(model, _optimizer(model, recipe), [])
+    state = FitState(model, sgd_optimizer(model, recipe), [])
     if checkpoint_dir is not None:
         state.load(checkpoint_dir, job.settings)
     return _epochs(state, job, checkpoint_dir)  # `fit` itself is no generator: its errors are raised by the call
@@ -236,6 +222,7 @@ class _Job:
     seed: int
     device: torch.device
     dtype: torch.dtype
+    after_epoch: Callable[[nn.Module], None] | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -272,6 +259,8 @@ def _run_epoch(state: FitState, job: _Job, epoch: int) -> EpochRecord:
         raise _diverged(job, epoch, lr, f"the training loss is {loss}")
     if not all(tensor.isfinite().all() for tensor in state.model.state_dict().values()):
         raise _diverged(job, epoch, lr, "weights or batch norm statistics are not finite")
+    if job.after_epoch is not None:
+        job.after_epoch(state.model)
     scored = None if job.validation is None else evaluate_data(state.model, job.validation, job.normalisation)
     if scored is not None and not math.isfinite(scored.loss):
         raise _diverged(job, epoch, lr, f"the validation loss is {scored.loss}")
@@ -287,7 +276,7 @@ def _run_epoch(state: FitState, job: _Job, epoch: int) -> EpochRecord:
     )
 
 
-class _Totals:
+class Totals:
     """Correct answers and summed loss, on the device; reading `top1` or `loss` waits for it."""
 
     def __init__(self, device: torch.device) -> None:
@@ -309,47 +298,73 @@ class _Totals:
         return float(self._sums[1]) / self._count
 
 
-def _train_epoch(state: FitState, job: _Job, epoch: int) -> _Totals:
-    """One pass over the training images; all its randomness comes from (seed, epoch)."""
-    model, recipe, totals = state.model, job.recipe, _Totals(job.device)
-    generator = torch.Generator().manual_seed(_epoch_seed(job.seed, epoch))
-    order = torch.randperm(len(job.train), generator=generator)  # (N,)
-    steps = math.ceil(len(order) / recipe.batch_size)
-    with training_flags_kept(model), _global_seed(_epoch_seed(job.seed, epoch), job.device):
-        model.train()
-        for step, indices in enumerate(order.tensor_split(steps)):
-            pixels = job.train.batch(indices).to(job.device)  # uint8 (B, C, H, W)
-            images = normalise(augment(pixels, generator, recipe.padding, recipe.flip), job.normalisation)
-            images = images.contiguous(memory_format=torch.channels_last)  # (B, C, H, W)
-            labels = job.train.labels[indices].to(job.device)  # (B,)
+def training_batches(
+    data: ImageData, normalisation: Normalisation, recipe: Recipe, generator: torch.Generator, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """One pass over the images in random order, augmented: images (B, C, H, W), channels last in memory, labels (B,).
 
+    There are `recipe.steps(N)` batches, of sizes that differ by at most 1.
+    """
+    order = torch.randperm(len(data), generator=generator)  # (N,)
+    batches = order.tensor_split(recipe.steps(len(data)))
+    for indices, pixels in zip(batches, _augmented(data, batches, recipe, generator, device), strict=True):
+        images = normalise(pixels.to(device), normalisation)
+        yield images.contiguous(memory_format=torch.channels_last), data.labels[indices].to(device)
+
+
+def _augmented(
+    data: ImageData, batches: Sequence[Tensor], recipe: Recipe, generator: torch.Generator, device: torch.device
+) -> Iterator[Tensor]:
+    """The images at the indices (B,) of each batch, augmented: uint8 (B, C, H, W)."""
+    if recipe.resized_crop:
+        yield from data.cropped(batches, generator, recipe.flip)
+        return
+    for indices in batches:
+        yield augment(data.batch(indices).to(device), generator, recipe.padding, recipe.flip)
+
+
+def backward(model: nn.Module, images: Tensor, labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Fresh gradients of the mean cross-entropy of a batch in the parameters: logits (B, classes), loss ()."""
+    model.zero_grad()
+    with autocast(images.device, dtype):
+        logits = model(images)
+    loss = F.cross_entropy(logits.float(), labels)
+    loss.backward()
+    return logits.detach(), loss.detach()
+
+
+def _train_epoch(state: FitState, job: _Job, epoch: int) -> Totals:
+    """One pass over the training images; all its randomness comes from (seed, epoch)."""
+    model, recipe, totals = state.model, job.recipe, Totals(job.device)
+    generator = torch.Generator().manual_seed(epoch_seed(job.seed, epoch))
+    steps = recipe.steps(len(job.train))
+    with training_flags_kept(model), seeded(epoch_seed(job.seed, epoch), job.device):
+        model.train()
+        batches = training_batches(job.train, job.normalisation, recipe, generator, job.device)
+        for step, (images, labels) in enumerate(batches):
             lr = learning_rate(recipe.schedule, recipe.lr, epoch - 1 + (step + 0.5) / steps, recipe.epochs)
             state.optimizer.param_groups[0]["lr"] = lr
-
-            with autocast(job.device, job.dtype):
-                logits = model(images)  # (B, classes)
-            loss = F.cross_entropy(logits.float(), labels)
-            state.optimizer.zero_grad()
-            loss.backward()
+            logits, loss = backward(model, images, labels, job.dtype)
             state.optimizer.step()
-
-            totals.add(logits.detach(), labels, loss.detach())
+            totals.add(logits, labels, loss)
             if (step + 1) % DIVERGENCE_CHECK_STEPS == 0 and not math.isfinite(totals.loss):
                 raise _diverged(job, epoch, lr, f"the training loss is {totals.loss}")
     return totals
 
 
-def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
+def sgd_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
+    """SGD without Nesterov over what is trained."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return torch.optim.SGD(parameters, recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
 
 
-def _epoch_seed(seed: int, epoch: int) -> int:
-    return (seed * 1_000_003 + epoch) % 2**63  # seed 0 in epoch 2 must not repeat seed 1 in epoch 1
+def epoch_seed(seed: int, epoch: int) -> int:
+    """The seed of one epoch of a run; seed 0 in epoch 2 does not repeat seed 1 in epoch 1."""
+    return (seed * 1_000_003 + epoch) % 2**63
 
 
 @contextmanager
-def _global_seed(seed: int, device: torch.device) -> Iterator[None]:
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Dropout knows only the global generators: seed them, and put them back after."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)

@@ -124,7 +124,7 @@ def test_every_criterion_scores_every_channel_of_every_prunable_group(criterion:
 def test_what_cannot_be_scored_is_refused() -> None:
     model = resnet20()
     with pytest.raises(
-        UserError, match="criterion must be one of l1, l2, fpgm, taylor, reconstruction, random, but got 'l3'"
+        UserError, match="criterion must be one of l1, l2, fpgm, taylor, reconstruction, gfi, random, but got 'l3'"
     ):
         channel_importance(model, groups_of(model), "l3")
     with pytest.raises(UserError, match="needs batches of training images, but got none"):

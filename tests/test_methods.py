@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 import pytest
@@ -14,10 +15,12 @@ from cacp.budget import in_window
 from cacp.cost import CostModel
 from cacp.graph import trace
 from cacp.importance import channel_importance
-from cacp.methods import METHODS, Subject, sensitivity, taylor, uniform
+from cacp.methods import Method, Subject, Training, make_method, sensitivity, taylor, uniform
 from cacp.methods.sensitivity import degradation_curves
-from cacp.methods.taylor import filled_up, threshold_counts
-from cacp.schema import Budget, ChannelGroups, Policy, Score
+from cacp.methods.threshold import filled_up, threshold_counts
+from cacp.schema import Budget, ChannelGroups, Normalisation, Policy, Score
+
+UNTRAINED = ["uniform", "taylor", "sensitivity", "gfi_ap"]
 
 
 def subject(scope: str = "inner", seed: int = 0, spread: float = 1.0, multiple: int = 1) -> Subject:
@@ -27,14 +30,22 @@ def subject(scope: str = "inner", seed: int = 0, spread: float = 1.0, multiple: 
     generator = np.random.default_rng(seed)
 
     def importance(criterion: str) -> dict[str, Tensor]:
-        if criterion == "taylor":
+        if criterion in ("taylor", "gfi"):
             return {
                 group.name: torch.tensor(generator.random(group.channels) * spread ** generator.normal())
                 for group in groups.prunable
             }
         return channel_importance(model, groups, criterion)
 
-    return Subject(groups, cost_model := CostModel(groups), importance, "l1", additive_score(cost_model), 300)
+    cost_model = CostModel(groups)
+    scores, normalisation = additive_score(cost_model), Normalisation((0.5,) * 3, (0.5,) * 3)
+    return Subject(model, groups, cost_model, importance, "l1", scores, 300, normalisation, cast(Training, None))
+
+
+def found(method: Method, asked: Subject, target: float) -> Policy:
+    policy = method(asked, Budget({"macs": target})).policy
+    assert policy is not None
+    return policy
 
 
 def additive_score(cost_model: CostModel) -> Callable[[Policy], Score]:
@@ -56,7 +67,7 @@ def counts(groups: ChannelGroups, policy: Policy) -> list[int]:
 @pytest.mark.parametrize("target", [0.3, 0.5, 0.7])
 def test_uniform_lies_in_the_window_with_one_ratio_for_all(scope: str, target: float) -> None:
     asked = subject(scope)
-    policy = uniform(asked, Budget({"macs": target}))
+    policy = found(uniform, asked, target)
     policy.validate(asked.groups)
     kept = np.array(counts(asked.groups, policy))
     cost_model = asked.cost_model
@@ -68,7 +79,7 @@ def test_uniform_lies_in_the_window_with_one_ratio_for_all(scope: str, target: f
 
 def test_uniform_keeps_the_largest_filters() -> None:
     asked = subject()
-    policy = uniform(asked, Budget({"macs": 0.5}))
+    policy = found(uniform, asked, 0.5)
     for name, scores in asked.importance("l1").items():
         kept = list(policy.keep[name])
         dropped = sorted(set(range(len(scores))) - set(kept))
@@ -95,24 +106,24 @@ def brute_force(importance: dict[str, Tensor], cost_model: CostModel, budget: Bu
 def test_taylor_threshold_equals_dropping_one_channel_at_a_time(scope: str, targets: dict, seed: int) -> None:
     asked = subject(scope, seed, spread=8.0)
     importance, budget = asked.importance("taylor"), Budget(targets)
-    found = threshold_counts(importance, asked.cost_model, budget)
-    assert list(found) == brute_force(importance, asked.cost_model, budget)
+    dropped = threshold_counts(importance, asked.cost_model, budget)
+    assert list(dropped) == brute_force(importance, asked.cost_model, budget)
 
 
 def test_taylor_never_falls_below_the_minimum_of_a_group() -> None:
     asked = subject(spread=1e6)
     for target in (0.15, 0.3):
-        found = threshold_counts(asked.importance("taylor"), asked.cost_model, Budget({"macs": target}))
-        assert (np.array(found) >= asked.cost_model.min_keep).all()
-        assert (np.array(found) == asked.cost_model.min_keep).any()  # the rule was needed
+        kept = threshold_counts(asked.importance("taylor"), asked.cost_model, Budget({"macs": target}))
+        assert (np.array(kept) >= asked.cost_model.min_keep).all()
+        assert (np.array(kept) == asked.cost_model.min_keep).any()  # the rule was needed
 
 
 def test_taylor_keeps_everything_at_target_one_and_the_most_important_below() -> None:
     asked = subject()
     scores = asked.importance("taylor")
     fixed = asked._replace(importance=lambda criterion: scores)
-    assert counts(asked.groups, taylor(fixed, Budget({"macs": 1.0}))) == asked.cost_model.channels.tolist()
-    policy = taylor(fixed, Budget({"macs": 0.5}))
+    assert counts(asked.groups, found(taylor, fixed, 1.0)) == asked.cost_model.channels.tolist()
+    policy = found(taylor, fixed, 0.5)
     policy.validate(asked.groups)
     assert policy.criterion == "taylor"
     kept = torch.cat([scores[name][list(indices)] for name, indices in policy.keep.items()])
@@ -123,10 +134,10 @@ def test_taylor_keeps_everything_at_target_one_and_the_most_important_below() ->
     assert asked.cost_model.cost(counts(asked.groups, policy)).macs <= 0.5 * asked.cost_model.dense.macs
 
 
-@pytest.mark.parametrize("name", sorted(METHODS))
+@pytest.mark.parametrize("name", UNTRAINED)
 def test_every_method_meets_a_budget_and_fits_the_model(name: str) -> None:
     asked, budget = subject("all"), Budget({"macs": 0.5})
-    policy = METHODS[name](asked, budget)
+    policy = found(make_method(name, {}), asked, 0.5)
     policy.validate(asked.groups)
     assert in_window(asked.cost_model.cost(counts(asked.groups, policy)), asked.cost_model.dense, budget)
 
@@ -138,15 +149,15 @@ def test_taylor_uses_its_budget_up_whatever_the_scores(scope: str, target: float
     for seed in range(15):
         asked = subject(scope, seed, spread=3.0)
         importance = asked.importance("taylor")
-        found = threshold_counts(importance, asked.cost_model, budget)
-        found = filled_up(found, importance, asked.cost_model, budget)
-        assert in_window(asked.cost_model.cost(found), asked.cost_model.dense, budget), seed
+        kept = threshold_counts(importance, asked.cost_model, budget)
+        kept = filled_up(kept, importance, asked.cost_model, budget)
+        assert in_window(asked.cost_model.cost(kept), asked.cost_model.dense, budget), seed
 
 
 def test_sensitivity_balances_the_degradation_of_all_groups() -> None:
     asked = subject()
     cost_model, weights = asked.cost_model, np.linspace(0.01, 0.1, len(asked.cost_model.names))
-    kept = np.array(counts(asked.groups, sensitivity(asked, Budget({"macs": 0.5}))))
+    kept = np.array(counts(asked.groups, found(sensitivity, asked, 0.5)))
     pruned = 1 - kept / cost_model.channels
     degradation = weights * pruned**2
     inside = kept > cost_model.min_keep
@@ -175,11 +186,11 @@ def test_degradation_curves_are_measured_at_a_purse_of_widths_and_monotone() -> 
 
 @pytest.mark.parametrize("multiple", [2, 3, 8])
 @pytest.mark.parametrize("target", [0.5, 0.7])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", UNTRAINED)
 def test_every_method_keeps_to_multiples_and_nothing_more_fits(method: str, target: float, multiple: int) -> None:
     asked, budget = subject(spread=4.0, multiple=multiple), Budget({"macs": target})
     cost_model = asked.cost_model
-    policy = METHODS[method](asked, budget)
+    policy = found(make_method(method, {}), asked, target)
     policy.validate(asked.groups)
     kept = np.array(counts(asked.groups, policy))
     assert all(count in feasible for count, feasible in zip(kept, cost_model.feasible, strict=True))

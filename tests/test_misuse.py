@@ -60,6 +60,26 @@ def test_a_method_and_a_search_do_not_share_a_folder(call: Call, finished: Path)
         ("search", ["--output=x", "--targets=0.5", "--macs=0.5"], ["targets, and macs or params, exclude each other"]),
         ("prune", ["--output=x", "--params=1.5"], ["params must be a kept fraction in (0, 1]", "1.5"]),
         ("prune", ["--output=x", "--macs=1", "--params=1"], ["keeps all prunes nothing"]),
+        (
+            "prune",
+            ["--output=x", "--method=fgpm"],
+            ["method must be one of uniform", "'fgpm'"],
+        ),
+        (
+            "prune",
+            ["--output=x", "--method=taylor", "--epochs=3"],
+            ["method_epochs is an option of --method gfi"],
+        ),
+        ("prune", ["--output=x", "--method=sfp", "--distance=l1"], ["distance is an option of --method fpgm"]),
+        ("prune", ["--output=x", "--method=fpgm", "--distance=l3"], ["distance must be one of l2, l1, cosine", "'l3'"]),
+        ("prune", ["--output=x", "--method=fpgm", "--norm_share=2"], ["norm_share must lie in [0, 1], but got 2"]),
+        ("prune", ["--output=x", "--method=sfp", "--method_schedule=fast"], ["method_schedule must be", "x0.2@60,120"]),
+        ("prune", ["--output=x", "--method=caie", "--channels_per_step=0"], ["channels_per_step must be above 0"]),
+        ("prune", ["--output=x", "--method=gfi_ap", "--quantile=1"], ["quantiles must lie in (0, 1)", "empties every"]),
+        ("prune", ["--output=x", "--method=gfi_ap", "--sweep=0.3:0.7"], ["LOW:HIGH:STEP", "'0.3:0.7'"]),
+        ("prune", ["--output=x", "--method=gfi_ap", "--sweep=0.7:0.3:0.1"], ["must rise", "0.7:0.3:0.1"]),
+        ("prune", ["--output=x", "--quantile=0.4"], ["quantiles are an option of --method gfi_ap", "uniform"]),
+        ("prune", ["--output=x", "--method=gfi_ap", "--quantile=0.4", "--macs=0.5"], ["quantiles and macs or params"]),
         ("search", ["--output=x", "--targets", "0.3:half"], ["a range of targets is LOW:HIGH", "0.3:half"]),
         ("search", ["--output=x", "--targets", "0.3:0.5:0.7"], ["a range of targets is LOW:HIGH", "0.3:0.5:0.7"]),
         ("search", ["--output=x", "--ask", "half"], ["--ask", "kept fractions in (0, 1]", "'half'"]),
@@ -143,7 +163,7 @@ def test_settings_of_the_run_hold_wherever_its_name_stands(call: Call, finished:
     assert "seed: 0 -> 1" in call("finetune", finished, "--seed=1", status=2)
     ranked_by_l2 = call("search", "--ask=0.45", "--criterion=l2", "--output", finished, status=2)
     assert "criterion: 'reconstruction' -> 'l2'" in ranked_by_l2
-    assert "scope: 'inner' -> 'all'" in call("export", finished, "--scope=all", status=2)
+    assert "scope: None -> 'all'" in call("export", finished, "--scope=all", status=2)
 
 
 def test_an_unreachable_target_is_refused_with_the_range(call: Call, finished: Path, tmp_path: Path) -> None:

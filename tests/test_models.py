@@ -185,7 +185,7 @@ def test_a_network_of_ones_own_is_imported_only_where_the_user_named_it(own_netw
     [
         ("own_networks:bild", "must have a function bild(classes), but has build, words"),
         ("own_networks:number", "must have a function number(classes), but has build, words"),
-        ("own_networks:words", "words(classes) must return a torch.nn.Module, but got str"),
+        ("own_networks:words", "own_networks:words must return a torch.nn.Module, but got str"),
         ("no_such_networks:build", "no_such_networks cannot be imported (ModuleNotFoundError: No module named"),
         ("broken_networks:build", "No module named 'no_such_package'); put it beside search.py, or name its folder in"),
         ("own_networks.build", "model must be one of"),

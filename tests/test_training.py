@@ -13,8 +13,9 @@ from torch import nn
 from cacp.checkpoint import load_state
 from cacp.data import ImageData
 from cacp.evaluation import evaluate_data
+from cacp.schedules import learning_rate
 from cacp.schema import Normalisation, UserError
-from cacp.training import EpochRecord, Recipe, TrainingDiverged, chosen_epoch, fit, learning_rate
+from cacp.training import EpochRecord, Recipe, TrainingDiverged, chosen_epoch, fit
 
 NORMALISATION = Normalisation((0.5,), (0.25,))
 RECIPE = Recipe(epochs=5, lr=0.05, batch_size=32, padding=1, flip=False, precision="fp32")
@@ -44,6 +45,10 @@ def without_times(records: list[EpochRecord]) -> list[EpochRecord]:
         ("cosine", 210, 0.05),  # half of the remaining 380
         ("cosine", 305, 0.1 * 0.5 * (1 - math.sqrt(0.5))),  # three quarters: cos(135 deg)
         ("cosine", 400, 0.0),
+        ("constant", 399, 0.1),
+        ("x0.2@60,120,160/200", 119.9, 0.1),  # twice the published length
+        ("x0.2@60,120,160/200", 120, 0.02),
+        ("x0.2@60,120,160/200", 320, 0.0008),
     ],
 )
 def test_learning_rate_has_the_hand_values_of_400_epochs(schedule: str, epoch: float, expected: float) -> None:
@@ -55,7 +60,7 @@ def test_step_falls_over_whatever_length() -> None:
 
 
 def test_an_unknown_schedule_is_named() -> None:
-    with pytest.raises(UserError, match="one of paper, step, cosine, but got 'linear'"):
+    with pytest.raises(UserError, match=r"step .*cosine, or drops like .* but got 'linear'"):
         learning_rate("linear", 0.1, 0, 10)
 
 

@@ -66,6 +66,11 @@ class CostModel:
         multiple = self.multiple[group]
         return int(min((counts[group] // multiple + 1) * multiple, self.channels[group]))
 
+    def previous_count(self, counts: np.ndarray, group: int) -> int:
+        """The largest count below `counts` (G,) that a group may have; its minimum where there is none."""
+        multiple = self.multiple[group]
+        return int(max((counts[group] - 1) // multiple * multiple, self.min_keep[group]))
+
     def costs(self, counts: np.ndarray) -> np.ndarray:
         """Costs of many policies; real-valued counts give the continuous relaxation.
 

@@ -1,7 +1,9 @@
-"""Image folders: data_dir/train/<class>/*, data_dir/test/<class>/* and, where wanted, data_dir/val/<class>/*.
+"""Image folders: data_dir/train/<class>/*, data_dir/test/<class>/* and, where wanted, data_dir/val/<class>/*; ImageNet
+as it is unpacked, train/ and val/, of which val/ is the test set.
 
-Files are decoded by threads, in sorted order: all at once where they fit into memory, else as batches ask for them.
-Orientation tags of cameras are not applied; transparency is dropped.
+Files are decoded by threads, in sorted order: all at once where they fit into memory, else as batches ask for them;
+random crops of any size and shape are made by worker processes. Orientation tags of cameras are not applied;
+transparency is dropped.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import os
 import struct
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +20,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import RandomResizedCrop
 
 from cacp.data.images import ImageData
 from cacp.schema import UserError
@@ -34,20 +38,29 @@ class Size(NamedTuple):
     height: int
 
 
+class Frame(NamedTuple):
+    """Pixels: resize the shorter side of an image to `shorter`, then cut out the central square of `side`."""
+
+    side: int
+    shorter: int
+
+
 class FileImages:
     """Images that are decoded when a batch asks for them; all come out as `size` pixels, RGB.
 
     Args:
         paths: N files.
         size: of the decoded images.
-        image_size: resize the shorter side to it and crop the centre; None leaves the images as they are.
+        frame: how images are resized and cropped; None leaves them as they are.
+        workers: threads or processes that decode.
     """
 
-    def __init__(self, paths: Sequence[Path], size: Size, image_size: int | None) -> None:
+    def __init__(self, paths: Sequence[Path], size: Size, frame: Frame | None, workers: int) -> None:
         self._paths = paths
         self._size = size
-        self._image_size = image_size
-        self._threads = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
+        self._frame = frame
+        self._workers = workers
+        self._threads = ThreadPoolExecutor(max(1, workers))
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -67,7 +80,7 @@ class FileImages:
 
         def fill(place: int) -> str:
             try:
-                image = _decode(chosen[place], self._image_size)
+                image = _decode(chosen[place], self._frame)
             except _BROKEN as error:
                 return f"{chosen[place]}: broken: {error}"
             if image.shape[:2] != (self._size.height, self._size.width):
@@ -77,6 +90,24 @@ class FileImages:
 
         _refuse(self._threads.map(fill, range(len(chosen))))
         return torch.from_numpy(pixels)
+
+    def cropped(self, batches: Sequence[Tensor], generator: torch.Generator, flip: bool) -> Iterator[Tensor]:
+        """Batches of random crops, resized to `size`, mirrored at random with `flip`: uint8 (B, 3, H, W).
+
+        A crop has 8 % to 100 % of the image's area and 3:4 to 4:3 sides (torchvision's RandomResizedCrop). Worker
+        processes make them; which crop an image gets depends on the generator alone.
+
+        Raises:
+            UserError: listing the files that are broken.
+        """
+        seeds = [torch.randint(0, 2**62, (len(batch),), generator=generator).tolist() for batch in batches]
+        chosen = [list(zip(batch.tolist(), drawn, strict=True)) for batch, drawn in zip(batches, seeds, strict=True)]
+        crops = _Crops(self._paths, self._size, flip)
+        own = torch.Generator()  # else the loader draws from the global one
+        loader = DataLoader(crops, batch_sampler=chosen, num_workers=self._workers, collate_fn=list, generator=own)
+        for batch in loader:
+            _refuse(fault for _, fault in batch)
+            yield torch.stack([pixels for pixels, _ in batch])
 
     def check_headers(self) -> None:
         """Open every file without decoding it.
@@ -90,43 +121,82 @@ class FileImages:
                 found = _header_size(path)
             except _BROKEN as error:
                 return f"{path}: broken: {error}"
-            return "" if self._image_size or found == self._size else _other_size(path, found, self._size)
+            return "" if self._frame or found == self._size else _other_size(path, found, self._size)
 
         _refuse(self._threads.map(check, self._paths))
 
 
-def load_folder(data_dir: Path, split: str, image_size: int | None, memory_limit_bytes: int) -> ImageData | None:
-    """One split of an image folder; None where it has no val/.
+class _Crops(Dataset[tuple[Tensor, str]]):
+    """Random crops of files by (position, seed): uint8 (3, H, W), and what is wrong with the file."""
+
+    def __init__(self, paths: Sequence[Path], size: Size, flip: bool) -> None:
+        self._paths, self._size, self._flip = paths, size, flip
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, str]:
+        position, seed = key
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            try:
+                with Image.open(self._paths[position]) as opened:
+                    image = opened.convert("RGB")
+            except _BROKEN as error:
+                return torch.zeros(3, *self._size[::-1], dtype=torch.uint8), f"{self._paths[position]}: broken: {error}"
+            top, left, height, width = RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3])
+            box = (left, top, left + width, top + height)
+            image = image.resize(self._size, Image.Resampling.BILINEAR, box)
+            if self._flip and torch.rand(()) < 0.5:
+                image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return torch.from_numpy(np.array(image).transpose(2, 0, 1)), ""
+
+
+class Layout(NamedTuple):
+    """Folders of a data set: which one holds a split, and those that there must be, the training images' first."""
+
+    splits: Mapping[str, str]
+    required: tuple[str, ...]
+
+
+FOLDER = Layout({"train": "train", "test": "test", "val": "val"}, ("train", "test"))
+IMAGENET = Layout({"train": "train", "test": "val"}, ("train", "val"))
+
+
+def load_folder(
+    data_dir: Path, split: str, frame: Frame | None, memory_limit_bytes: int, workers: int, layout: Layout = FOLDER
+) -> ImageData | None:
+    """One split of an image folder; None where it has none.
 
     Args:
-        data_dir: holds train/, test/ and perhaps val/.
+        data_dir: holds the folders of the layout.
         split: train, test or val.
-        image_size: pixels of the square that images are resized and cropped to; None: all must have one size.
+        frame: how images are resized and cropped; None: all must have one size.
         memory_limit_bytes: decoded images above it stay in their files.
+        workers: threads or processes that decode.
+        layout: which folder holds which split.
 
     Raises:
         UserError: listing all faults of the folder: missing or empty folders, classes that differ between the splits,
             broken files, files of another size.
     """
-    classes = _check_layout(data_dir)
-    if not (data_dir / split).is_dir():
+    classes = _check_layout(data_dir, layout)
+    if split not in layout.splits or not (folder := data_dir / layout.splits[split]).is_dir():
         return None
-    files = [(path, label) for label, name in enumerate(classes) for path in _image_files(data_dir / split / name)]
+    files = [(path, label) for label, name in enumerate(classes) for path in _image_files(folder / name)]
     paths = [path for path, _ in files]
     labels = torch.tensor([label for _, label in files])
-    size = Size(image_size, image_size) if image_size else _common_size(data_dir / "train", classes)
-    images = FileImages(paths, size, image_size)
+    size = Size(frame.side, frame.side) if frame else _common_size(data_dir / "train", classes)
+    images = FileImages(paths, size, frame, workers)
     if len(paths) * 3 * size.width * size.height <= memory_limit_bytes:
         return ImageData(images.batch(torch.arange(len(paths))), labels, classes)
-    images.check_headers()
+    if frame is None:
+        images.check_headers()
     return ImageData(images, labels, classes)
 
 
-def _check_layout(data_dir: Path) -> tuple[str, ...]:
+def _check_layout(data_dir: Path, layout: Layout) -> tuple[str, ...]:
     """The class names, sorted, after a look at all folders."""
     classes = _class_names(data_dir / "train")
-    wrong = [f"{split}/ is missing" for split in ("train", "test") if not (data_dir / split).is_dir()]
-    for split in ("train", "test", "val"):
+    wrong = [f"{split}/ is missing" for split in layout.required if not (data_dir / split).is_dir()]
+    for split in layout.splits.values():
         folder = data_dir / split
         if not folder.is_dir():
             continue
@@ -138,8 +208,10 @@ def _check_layout(data_dir: Path) -> tuple[str, ...]:
             wrong += [f"{split}/{name}/ is no class of train/" for name in sorted(set(found) - set(classes))]
         wrong += [f"{split}/{name}/ has no images" for name in found if not _image_files(folder / name)]
     if wrong:
+        optional = [f"{name}/<class>/*" for name in layout.splits.values() if name not in layout.required]
         raise UserError(
-            "data_dir must hold train/<class>/* and test/<class>/* (and may hold val/<class>/*), with the same classes "
+            f"data_dir must hold {' and '.join(f'{name}/<class>/*' for name in layout.required)}"
+            f"{f' (and may hold {optional[0]})' if optional else ''}, with the same classes "
             f"and at least one image ({' '.join(sorted(SUFFIXES))}) in each, but in {data_dir}:\n  "
             + "\n  ".join(wrong)
             + "\nadd what is missing, or set data_dir to another folder"
@@ -181,23 +253,23 @@ def _header_size(path: Path) -> Size:
         return Size(*image.size)
 
 
-def _decode(path: Path, image_size: int | None) -> np.ndarray:
+def _decode(path: Path, frame: Frame | None) -> np.ndarray:
     """uint8 (H, W, 3)."""
     with Image.open(path) as opened:
         image = opened.convert("RGB")
-    if image_size is not None:
-        image = _resize_and_crop(image, image_size)
+    if frame is not None:
+        image = _resize_and_crop(image, frame)
     return np.asarray(image)
 
 
-def _resize_and_crop(image: Image.Image, image_size: int) -> Image.Image:
-    """Shorter side to `image_size` (bilinear, antialiased as always in Pillow), then the central square."""
+def _resize_and_crop(image: Image.Image, frame: Frame) -> Image.Image:
+    """Shorter side first (bilinear, antialiased as always in Pillow), then the central square."""
     width, height = image.size
     shorter = min(width, height)
-    width, height = width * image_size // shorter, height * image_size // shorter
-    left, top = round((width - image_size) / 2), round((height - image_size) / 2)  # as torchvision rounds
+    width, height = width * frame.shorter // shorter, height * frame.shorter // shorter
+    left, top = round((width - frame.side) / 2), round((height - frame.side) / 2)  # as torchvision rounds
     resized = image.resize((width, height), Image.Resampling.BILINEAR)
-    return resized.crop((left, top, left + image_size, top + image_size))
+    return resized.crop((left, top, left + frame.side, top + frame.side))
 
 
 def _other_size(path: Path, found: Size, expected: Size) -> str:

@@ -5,7 +5,8 @@ Letters: N images of a set, B of a batch, C channels, H x W pixels.
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Iterator, Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -24,6 +25,14 @@ class ImageStore(Protocol):
 
     def batch(self, positions: Tensor) -> Tensor:
         """The images at `positions` (B,) int64, as uint8 (B, C, H, W)."""
+
+
+@runtime_checkable
+class CroppingStore(Protocol):
+    """A store that can cut random crops out of the whole images."""
+
+    def cropped(self, batches: Sequence[Tensor], generator: torch.Generator, flip: bool) -> Iterator[Tensor]:
+        """Batches of crops, uint8 (B, C, H, W), of the images at the positions (B,) int64 of each."""
 
 
 class MemoryImages:
@@ -97,6 +106,17 @@ class ImageData:
         """
         indices = indices.to("cpu", torch.int64)
         return self._store.batch(indices if self._positions is None else self._positions[indices])
+
+    def cropped(self, batches: Sequence[Tensor], generator: torch.Generator, flip: bool) -> Iterator[Tensor]:
+        """Random crops of the images at the indices (B,) of each batch, see `FileImages.cropped`.
+
+        Raises:
+            UserError: for images in memory, which have been cropped already.
+        """
+        store, places = self._store, self._positions
+        if not isinstance(store, CroppingStore):
+            raise UserError("random crops of any size need images in files: dataset imagefolder or imagenet")
+        return store.cropped([batch if places is None else places[batch] for batch in batches], generator, flip)
 
     def subset(self, indices: Tensor) -> ImageData:
         """The images at `indices` (B,) int64, in that order, as a set of its own."""

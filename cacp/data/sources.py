@@ -1,7 +1,8 @@
-"""The data sets by name: digits (needs no download), CIFAR-10/100 through torchvision, image folders."""
+"""The data sets by name: digits (needs no download), CIFAR-10/100 through torchvision, image folders, ImageNet."""
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,15 +14,17 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
-from cacp.data.folder import load_folder
+from cacp.data.folder import IMAGENET, Frame, load_folder
 from cacp.data.images import ImageData
 from cacp.schema import UserError
 
-DATASETS = ("digits", "cifar10", "cifar100", "imagefolder")
+DATASETS = ("digits", "cifar10", "cifar100", "imagefolder", "imagenet")
 SPLITS = ("train", "val", "test")
 MEMORY_LIMIT_BYTES = 4 * 1024**3  # decoded images above it are read on demand
 DOWNLOAD_TIMEOUT_S = 30
 _SIZE = 32  # pixels, of digits and CIFAR
+_IMAGENET_SIZE = 224  # pixels
+_IMAGENET_MARGIN = 256 / 224  # the shorter side before the centre is cropped, by the side of the square
 
 
 @overload
@@ -31,10 +34,16 @@ def load_dataset(
     data_dir: str | Path,
     image_size: int | None = None,
     memory_limit_bytes: int = ...,
+    workers: int | None = None,
 ) -> ImageData: ...
 @overload
 def load_dataset(
-    name: str, split: str, data_dir: str | Path, image_size: int | None = None, memory_limit_bytes: int = ...
+    name: str,
+    split: str,
+    data_dir: str | Path,
+    image_size: int | None = None,
+    memory_limit_bytes: int = ...,
+    workers: int | None = None,
 ) -> ImageData | None: ...
 def load_dataset(
     name: str,
@@ -42,17 +51,21 @@ def load_dataset(
     data_dir: str | Path,
     image_size: int | None = None,
     memory_limit_bytes: int = MEMORY_LIMIT_BYTES,
+    workers: int | None = None,
 ) -> ImageData | None:
     """One split of a data set; None for a "val" split that the data set does not have.
 
     Args:
-        name: digits (1797 scans from scikit-learn, 359 of them for testing, as 32 x 32 RGB), cifar10, cifar100, or
-            imagefolder.
+        name: digits (1797 scans from scikit-learn, 359 of them for testing, as 32 x 32 RGB), cifar10, cifar100,
+            imagefolder or imagenet.
         split: train, test or val. Only an image folder can have val.
         data_dir: where CIFAR lies or is downloaded to; for imagefolder the folder with train/<class>/*,
-            test/<class>/* and perhaps val/<class>/*; not used by digits.
-        image_size: pixels; imagefolder only: the shorter side is resized to it and the centre cropped to a square.
+            test/<class>/* and perhaps val/<class>/*; for imagenet with train/<class>/* and val/<class>/*, which is the
+            test set; not used by digits.
+        image_size: pixels of the central square. imagefolder: the shorter side is resized to it; imagenet (224 if it is
+            None): to 8/7 of it, 256 for 224.
         memory_limit_bytes: image folders that are larger when decoded are read on demand.
+        workers: threads or processes that decode images; None is one for each core, at most 16.
 
     Raises:
         UserError: for an unknown name or split, a wrong image_size, missing data, or a folder with faults (all listed).
@@ -65,11 +78,18 @@ def load_dataset(
     if image_size is not None and (isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 8):
         wrong.append(f"image_size must be a whole number of pixels from 8 up, but got {image_size!r}")
     elif image_size not in (None, _SIZE) and name in DATASETS[:3]:
-        wrong.append(f"image_size of {name} is {_SIZE}, but got {image_size!r}; leave it out, it is for imagefolder")
+        wrong.append(f"image_size of {name} is {_SIZE}, but got {image_size!r}; leave it out, it is for image folders")
     if wrong:
         raise UserError("\n".join(wrong))
+    if workers is None:
+        workers = min(16, os.cpu_count() or 1)
     if name == "imagefolder":
-        return load_folder(Path(data_dir), split, image_size, memory_limit_bytes)
+        frame = Frame(image_size, image_size) if image_size else None
+        return load_folder(Path(data_dir), split, frame, memory_limit_bytes, workers)
+    if name == "imagenet":
+        side = image_size or _IMAGENET_SIZE
+        frame = Frame(side, round(side * _IMAGENET_MARGIN))
+        return load_folder(Path(data_dir), split, frame, memory_limit_bytes, workers, IMAGENET)
     if split == "val":
         return None
     return _load_digits(split) if name == "digits" else _load_cifar(name, split, Path(data_dir))

@@ -1,17 +1,91 @@
-"""Criterion-driven methods: (subject, budget) -> policy, without episodes. One file each."""
+"""Criterion-driven methods: (subject, budget) -> Pruned, without episodes. One file each."""
 
-from collections.abc import Callable
+from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from cacp.methods.caie import CAIE
+from cacp.methods.fpgm import FPGM
+from cacp.methods.gfi_ap import GFIAP
+from cacp.methods.magnitude import magnitude
 from cacp.methods.sensitivity import sensitivity
-from cacp.methods.subject import Subject
+from cacp.methods.sfp import SFP
+from cacp.methods.subject import Method, Pruned, Subject, Training
 from cacp.methods.taylor import taylor
 from cacp.methods.uniform import uniform
-from cacp.schema import Budget, Policy
+from cacp.own import is_own, own_function
+from cacp.schema import UserError
 
-METHODS: dict[str, Callable[[Subject, Budget], Policy]] = {
-    "uniform": uniform,
-    "taylor": taylor,
-    "sensitivity": sensitivity,
+
+class Entry(NamedTuple):
+    """A method by name: how it is made from its options, and the scope that its source prunes."""
+
+    make: Callable[..., Method]
+    scope: str = "inner"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Names of the options with their defaults."""
+        if not dataclasses.is_dataclass(self.make):
+            return {}
+        return {item.name: item.default for item in dataclasses.fields(self.make)}
+
+
+METHODS: dict[str, Entry] = {
+    "uniform": Entry(lambda: uniform),
+    "taylor": Entry(lambda: taylor),
+    "sensitivity": Entry(lambda: sensitivity),
+    "caie": Entry(CAIE, scope="all"),
+    "gfi_ap": Entry(GFIAP, scope="all"),
+    "sfp": Entry(SFP),
+    "fpgm": Entry(FPGM),
+    "magnitude": Entry(lambda: magnitude),
 }
+METHOD_HELP = (
+    f"one of {', '.join(METHODS)}, or your own, package.module:function, with function(subject, budget) -> Pruned"
+)
 
-__all__ = ["METHODS", "Subject", "sensitivity", "taylor", "uniform"]
+
+def known_method(name: str) -> bool:
+    """Whether a name is one of METHODS or has the form package.module:function."""
+    return name in METHODS or is_own(name)
+
+
+def method_entry(name: str) -> Entry:
+    """A method of `METHODS`, or the user's own, whose module is imported when it is made."""
+    return METHODS[name] if name in METHODS else Entry(lambda: _own(name))
+
+
+def _own(name: str) -> Method:
+    function = own_function("method", name, "subject, budget")
+
+    def method(subject: Subject, budget: Any) -> Pruned:
+        pruned = function(subject, budget)
+        if not isinstance(pruned, Pruned):
+            raise UserError(f"method {name} must return cacp.methods.Pruned, but got {type(pruned).__name__}")
+        return pruned
+
+    return method
+
+
+def make_method(name: str, options: Mapping[str, Any]) -> Method:
+    """A method with its options; those that are None keep the method's defaults."""
+    return method_entry(name).make(**{key: value for key, value in options.items() if value is not None})
+
+
+__all__ = [
+    "METHODS",
+    "METHOD_HELP",
+    "Method",
+    "Pruned",
+    "Subject",
+    "Training",
+    "known_method",
+    "make_method",
+    "method_entry",
+    "sensitivity",
+    "taylor",
+    "uniform",
+]

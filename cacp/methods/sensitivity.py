@@ -17,14 +17,14 @@ import numpy as np
 from cacp.budget import meets_targets
 from cacp.cost import CostModel
 from cacp.importance import channel_orders
-from cacp.methods.subject import Subject
-from cacp.schema import Budget, Policy
+from cacp.methods.subject import Pruned, Subject
+from cacp.schema import Budget
 from cacp.slicing import counts_policy
 
 BISECTIONS = 60
 
 
-def sensitivity(subject: Subject, budget: Budget) -> Policy:
+def sensitivity(subject: Subject, budget: Budget) -> Pruned:
     """The policy under the least threshold on the degradation of single groups."""
     orders = channel_orders(subject.importance(subject.criterion))
 
@@ -33,7 +33,7 @@ def sensitivity(subject: Subject, budget: Budget) -> Policy:
 
     curves = degradation_curves(score, subject.cost_model, subject.evaluations)  # scored once for all budgets
     counts = threshold_counts(curves, subject.cost_model, budget)
-    return counts_policy(subject.groups, counts, orders, subject.criterion)
+    return Pruned(counts_policy(subject.groups, counts, orders, subject.criterion))
 
 
 def degradation_curves(

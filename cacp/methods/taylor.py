@@ -1,75 +1,15 @@
 """One global threshold on Taylor scores (Molchanov et al., CVPR 2019): the least important channels of the whole model
 go, until the budget is met; where that overshoots, those that still fit come back. No group falls below its minimum."""
 
-from __future__ import annotations
-
-import numpy as np
-from torch import Tensor
-
-from cacp.budget import in_window, meets_targets
-from cacp.cost import CostModel
 from cacp.importance import channel_orders
-from cacp.methods.subject import Subject
-from cacp.schema import Budget, Policy
+from cacp.methods.subject import Pruned, Subject
+from cacp.methods.threshold import most_important_counts
+from cacp.schema import Budget
 from cacp.slicing import counts_policy
 
 
-def taylor(subject: Subject, budget: Budget) -> Policy:
+def taylor(subject: Subject, budget: Budget) -> Pruned:
     """The policy that drops the fewest channels, in the order of their Taylor scores, that meets the budget."""
     importance = subject.importance("taylor")
-    counts = threshold_counts(importance, subject.cost_model, budget)
-    counts = filled_up(counts, importance, subject.cost_model, budget)
-    return counts_policy(subject.groups, counts, channel_orders(importance), "taylor")
-
-
-def threshold_counts(importance: dict[str, Tensor], cost_model: CostModel, budget: Budget) -> tuple[int, ...]:
-    """Keep counts under the lowest global threshold that meets the budget.
-
-    Args:
-        importance: scores (C,) of every prunable group, comparable over groups.
-        cost_model: of the same groups.
-        budget: must be reachable.
-    """
-    dropped_from = _drop_order(importance, cost_model, cost_model.min_keep)
-
-    def counts_after(dropped: int) -> np.ndarray:
-        kept = cost_model.channels - np.bincount(dropped_from[:dropped], minlength=len(cost_model.names))
-        return cost_model.rounded_down(kept)
-
-    fewest, most = 0, len(dropped_from)  # cost never grows with a drop: bisect
-    while fewest < most:
-        middle = (fewest + most) // 2
-        if meets_targets(cost_model.cost(counts_after(middle)), cost_model.dense, budget):
-            most = middle
-        else:
-            fewest = middle + 1
-    return tuple(counts_after(fewest).tolist())
-
-
-def filled_up(
-    counts: tuple[int, ...], importance: dict[str, Tensor], cost_model: CostModel, budget: Budget
-) -> tuple[int, ...]:
-    """Take back dropped channels that still fit, the most important first, until the budget is used up.
-
-    The last channel under a threshold may be one of a residual stream, several percent of the MACs wide.
-    """
-    filled = np.array(counts)
-    lost = {
-        name: importance[name].sort(descending=True).values[count:]
-        for name, count in zip(cost_model.names, counts, strict=True)
-    }
-    for group in _drop_order(lost, cost_model, np.zeros_like(filled))[::-1]:
-        if in_window(cost_model.cost(filled), cost_model.dense, budget):
-            break
-        before, filled[group] = filled[group], cost_model.next_count(filled, group)
-        if not meets_targets(cost_model.cost(filled), cost_model.dense, budget):
-            filled[group] = before
-    return tuple(filled.tolist())
-
-
-def _drop_order(importance: dict[str, Tensor], cost_model: CostModel, kept: np.ndarray) -> np.ndarray:
-    """(D,) group of the channel that goes next, the least important first; the best `kept` of each group never go."""
-    scores = [np.sort(importance[name].numpy()) for name in cost_model.names]
-    scores = [values[: len(values) - count] for values, count in zip(scores, kept, strict=True)]
-    owners = [np.full(len(values), group) for group, values in enumerate(scores)]
-    return np.concatenate(owners)[np.argsort(np.concatenate(scores), kind="stable")]
+    counts = most_important_counts(importance, subject.cost_model, budget)
+    return Pruned(counts_policy(subject.groups, counts, channel_orders(importance), "taylor"))

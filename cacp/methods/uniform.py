@@ -2,12 +2,13 @@
 
 from cacp.budget import uniform_counts
 from cacp.importance import channel_orders
-from cacp.methods.subject import Subject
-from cacp.schema import Budget, Policy
+from cacp.methods.subject import Pruned, Subject
+from cacp.schema import Budget
 from cacp.slicing import counts_policy
 
 
-def uniform(subject: Subject, budget: Budget) -> Policy:
+def uniform(subject: Subject, budget: Budget) -> Pruned:
     """The policy of an even share for every group, within the budget."""
     orders = channel_orders(subject.importance(subject.criterion))
-    return counts_policy(subject.groups, uniform_counts(subject.cost_model, budget), orders, subject.criterion)
+    counts = uniform_counts(subject.cost_model, budget)
+    return Pruned(counts_policy(subject.groups, counts, orders, subject.criterion))

@@ -11,9 +11,9 @@ import torch
 import torchvision
 from torch import nn
 
-from cacp.models.own import imported_model, is_own
 from cacp.models.resnet import ResNet
 from cacp.models.vgg import STAGES, VGG
+from cacp.own import is_own, own_function
 from cacp.schema import UserError
 
 _TRANSFORMERS = ("vit_", "swin_", "maxvit_")  # tracing knows no attention: little or nothing of these could be pruned
@@ -71,7 +71,15 @@ def build_model(name: str, classes: int, seed: int | None = None, importing: boo
 def _built(name: str, classes: int) -> nn.Module:
     if name in _CIFAR:
         return _CIFAR[name](classes)
-    return _torchvision(name, classes) if name in TORCHVISION_NAMES else imported_model(name, classes)
+    return _torchvision(name, classes) if name in TORCHVISION_NAMES else _own(name, classes)
+
+
+def _own(name: str, classes: int) -> nn.Module:
+    """A network of the user's own; what the function raises itself is left as it is."""
+    model = own_function("model", name, "classes")(classes)
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model {name} must return a torch.nn.Module, but got {type(model).__name__}")
+    return model
 
 
 def wrong_name(name: str, importing: bool) -> str:

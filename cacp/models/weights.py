@@ -1,7 +1,8 @@
-"""Trained weights: reading a file into a model with every mismatch told at once, and the published CIFAR-10 ones.
+"""Trained weights: reading a file into a model with every mismatch told at once, and the published ones.
 
-Published weights: github.com/akamaster/pytorch_resnet_cifar10 (BSD-2), top-1 as its README gives it. They have seen all
-training images, so a validation split of those is not new to them.
+Published weights: for CIFAR-10 github.com/akamaster/pytorch_resnet_cifar10 (BSD-2), for ImageNet torchvision's first
+(IMAGENET1K_V1); top-1 as they are given there. They have seen all training images, so a validation split of those is
+not new to them.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torchvision
 from torch import Tensor, nn
 
 from cacp.checkpoint import load_tensors, sha256, write_atomically
 from cacp.schema import Normalisation, UserError
 
+_OTHER_ARCHITECTURE = ("googlenet", "inception_v3")  # published with auxiliary heads and another normalisation
 SUFFIXES = (".safetensors", ".pt", ".pth", ".th")
 DOWNLOAD_TIMEOUT_S = 30
 _BASE_URL = "https://github.com/akamaster/pytorch_resnet_cifar10/raw/master/pretrained_models/"
@@ -57,6 +60,20 @@ PUBLISHED: dict[tuple[str, str], PublishedWeights] = {  # (model, dataset)
 }
 
 
+def published_weights_of(model_name: str, dataset: str) -> PublishedWeights | None:
+    """What is published for a model and a data set; None for nothing."""
+    if dataset != "imagenet" or model_name in _OTHER_ARCHITECTURE:
+        return PUBLISHED.get((model_name, dataset))
+    try:
+        weights = torchvision.models.get_model_weights(model_name)["IMAGENET1K_V1"]
+    except (ValueError, KeyError):
+        return None
+    file = weights.url.rsplit("/", 1)[-1]
+    top1 = weights.meta["_metrics"]["ImageNet-1K"]["acc@1"] / 100
+    checksum = file.rpartition("-")[2].partition(".")[0]
+    return PublishedWeights(file, weights.url, checksum, _NORMALISATION, top1, "all 1,281,167 ImageNet training images")
+
+
 def fetch_published(model_name: str, dataset: str, folder: str | Path) -> Path:
     """The published weights as a file in `folder`, downloaded where it is not there yet, its checksum verified.
 
@@ -64,11 +81,12 @@ def fetch_published(model_name: str, dataset: str, folder: str | Path) -> Path:
         UserError: when none are published for this model and data set, when they cannot be downloaded, or when the
             checksum is wrong (the file is then left where it is, and not used).
     """
-    published = PUBLISHED.get((model_name, dataset))
+    published = published_weights_of(model_name, dataset)
     if published is None:
         known = ", ".join(f"{model} on {data}" for model, data in PUBLISHED)
         raise UserError(
-            f"weights: published exist for {known}, but got model={model_name!r} on dataset={dataset!r}; "
+            f"weights: published exist for {known}, and for torchvision's models on imagenet, "
+            f"but got model={model_name!r} on dataset={dataset!r}; "
             "set weights: train, or give the path of a weights file"
         )
     path = Path(folder) / published.file

@@ -1,11 +1,11 @@
-"""A network of the user's own by name: `package.module:function`, where `function(classes)` returns the nn.Module."""
+"""What a user names as `package.module:function`: a network, a method."""
 
 from __future__ import annotations
 
 import importlib
 import re
-
-from torch import nn
+from collections.abc import Callable
+from typing import Any
 
 from cacp.schema import UserError
 
@@ -17,35 +17,30 @@ def is_own(name: str) -> bool:
     return bool(_OWN.fullmatch(name))
 
 
-def imported_model(name: str, classes: int) -> nn.Module:
-    """Import the module and call its function; what that raises itself is left as it is.
+def own_function(kind: str, name: str, arguments: str) -> Callable[..., Any]:
+    """Import the module and find its function.
 
     Args:
+        kind: what the function is for, as the setting is called: model, method.
         name: package.module:function, as the user typed it.
-        classes: number of outputs.
+        arguments: that the function takes, for the message.
 
     Raises:
-        UserError: for a module that cannot be imported, one without this function, or a function that returns
-            something else than a module.
+        UserError: for a module that cannot be imported, or one without this function.
     """
     module_name, _, function_name = name.partition(":")
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
         raise UserError(
-            f"model {name}: the module {module_name} cannot be imported ({type(error).__name__}: {error}); "
+            f"{kind} {name}: the module {module_name} cannot be imported ({type(error).__name__}: {error}); "
             "put it beside search.py, or name its folder in PYTHONPATH"
         ) from error
     function = getattr(module, function_name, None)
     if not callable(function):
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise UserError(
-            f"model {name}: {module.__file__} must have a function {function_name}(classes), but has "
+            f"{kind} {name}: {module.__file__} must have a function {function_name}({arguments}), but has "
             f"{', '.join(known) or 'none'}"
         )
-    model = function(classes)
-    if not isinstance(model, nn.Module):
-        raise UserError(
-            f"model {name}: {function_name}(classes) must return a torch.nn.Module, but got {type(model).__name__}"
-        )
-    return model
+    return function
