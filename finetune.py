@@ -33,8 +33,9 @@ from cacp.pipeline import (
 from cacp.policies import load_policies
 from cacp.reporting import console, millions, percent, table, track_training
 from cacp.schema import UserError
+from cacp.steps import Recipe
 from cacp.sweep import load_sweep, save_sweep
-from cacp.training import EpochRecord, Recipe, chosen_epoch, fit
+from cacp.training import EpochRecord, chosen_epoch, fit
 
 
 def main() -> None:

@@ -37,7 +37,8 @@ from cacp.reporting import ProgressLine
 from cacp.schema import Policy
 from cacp.scoring import CALIBRATION_BATCH, EVALUATION_BATCH
 from cacp.slicing import counts_policy, slice_model
-from cacp.training import Recipe, fit
+from cacp.steps import Recipe
+from cacp.training import fit
 
 IMAGES = (250, 500, 1000, 2000)  # of the validation images
 JUDGING = 10_000  # training images that judge the fine-tuned networks

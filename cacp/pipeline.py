@@ -36,11 +36,12 @@ from cacp.graph import trace
 from cacp.importance import channel_importance, channel_orders
 from cacp.models import build_model
 from cacp.own import is_own
+from cacp.parallel import following_processes
 from cacp.profiling import Profile
 from cacp.schema import ChannelGroups, Normalisation, Policy, Score, UserError
 from cacp.scoring import CALIBRATION_BATCH, PolicyScorer
 from cacp.slicing import counts_policy
-from cacp.training import Recipe
+from cacp.steps import Recipe
 
 GRADIENT_IMAGES = 10_000  # training images of the criterion taylor
 
@@ -52,10 +53,15 @@ _PACKAGES = ("torch", "torchvision", "gymnasium", "stable-baselines3", "numpy", 
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run an entry point: a mistake of the user's or a full disk ends in one message and exit status 2."""
+    """Run an entry point: a mistake of the user's or a full disk ends in one message and exit status 2.
+
+    Of the processes that torchrun starts the first one runs it, the others train with it (`cacp.parallel`).
+    """
     threading.excepthook = _quiet_about_files
     try:
-        main()
+        with following_processes() as first:
+            if first:
+                main()
     except UserError as error:
         sys.exit(_failed(str(error)))
     except KeyboardInterrupt:

@@ -1,8 +1,7 @@
 """Train a model: what pretraining and fine-tuning share.
 
-`fit` is SGD as CACP fine-tunes (momentum 0.9, weight decay 1e-4, batch 256, no Nesterov), made exact to resume: the
-data order, the augmentation and dropout of an epoch are drawn from (seed, epoch) alone, so that weights and momentum
-are all the state there is.
+`fit` trains epoch by epoch (`cacp.steps`), exact to resume: all randomness of an epoch comes from (seed, epoch), so
+that weights and momentum are all the state there is.
 
 Differences from the paper's released fine-tuning:
 - learning rate: x0.1 every 20 of 400 epochs -> "cosine" over the whole length; the released one, "paper", is at most
@@ -11,7 +10,7 @@ Differences from the paper's released fine-tuning:
 - precision: fp32 -> bf16 autocast where the machine computes in it; weights, optimiser and evaluation stay fp32.
 - batches: a smaller last one -> ceil(N / batch_size) batches an epoch whose sizes differ by at most 1.
 
-Letters: N images, B batch, C channels, H height, W width. It knows nothing of several processes (DDP).
+Letters: N images, B batch, C channels, H height, W width.
 """
 
 from __future__ import annotations
@@ -19,34 +18,18 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from cacp.checkpoint import load_state, pack, save_state, unpack
-from cacp.data import ImageData, augment, normalise
-from cacp.evaluation import (
-    PRECISIONS,
-    autocast,
-    check_batching,
-    device_of,
-    evaluate_data,
-    resolve_precision,
-)
-from cacp.models.modes import training_flags_kept
-from cacp.schedules import SCHEDULE_HELP, is_schedule, learning_rate
+from cacp.data import ImageData
+from cacp.evaluation import check_batching, device_of, evaluate_data, resolve_precision
 from cacp.schema import Normalisation, UserError
-
-DIVERGENCE_CHECK_STEPS = 100  # reading the loss waits for the device, so not every step
-
-
-class TrainingDiverged(UserError):
-    """The loss or the weights became nan or infinite."""
+from cacp.steps import Recipe, Stretch, check_finite, diverged, sgd_optimizer, train
 
 
 class EpochRecord(NamedTuple):
@@ -65,48 +48,6 @@ class EpochRecord(NamedTuple):
     validation_loss: float | None
     seconds: float
     images_per_second: float
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How `fit` trains: SGD without Nesterov, random mirroring (`flip`), random shift by up to `padding` pixels, or
-    with `resized_crop` instead of a shift random crops of any size and shape (ImageNet's way).
-
-    Raises:
-        UserError: listing every value that is out of range.
-    """
-
-    epochs: int
-    lr: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    batch_size: int = 256
-    schedule: str = "cosine"
-    padding: int = 4
-    flip: bool = True
-    resized_crop: bool = False
-    precision: str = "auto"
-
-    def __post_init__(self) -> None:
-        rules = {
-            "epochs": (self.epochs >= 1, "at least 1"),
-            "lr": (0 < self.lr < math.inf, "positive"),
-            "momentum": (0 <= self.momentum < 1, "in [0, 1)"),
-            "weight_decay": (0 <= self.weight_decay < math.inf, "0 or more"),
-            "batch_size": (self.batch_size >= 1, "at least 1"),
-            "schedule": (is_schedule(self.schedule), SCHEDULE_HELP),
-            "padding": (self.padding >= 0, "0 or more"),
-            "precision": (self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
-        }
-        wrong = [
-            f"{name} must be {rule}, but got {getattr(self, name)!r}" for name, (met, rule) in rules.items() if not met
-        ]
-        if wrong:
-            raise UserError("; ".join(wrong))
-
-    def steps(self, images: int) -> int:
-        """Mini-batches of a pass over so many images."""
-        return math.ceil(images / self.batch_size)
 
 
 def chosen_epoch(records: Sequence[EpochRecord]) -> int:
@@ -169,7 +110,7 @@ class FitState:
 
 def fit(
     model: nn.Module,
-    train: ImageData,
+    images: ImageData,
     validation: ImageData | None,
     normalisation: Normalisation,
     recipe: Recipe,
@@ -186,7 +127,7 @@ def fit(
 
     Args:
         model: classifier, (B, C, H, W) -> (B, classes); its memory format becomes channels_last, the fastest measured.
-        train: images that are trained on, augmented.
+        images: that are trained on, augmented.
         validation: images that choose the epoch, evaluated in fp32 after every epoch; None keeps the last epoch.
         normalisation: of the model's weights.
         recipe: how to train.
@@ -199,11 +140,11 @@ def fit(
             seed, data size or model.
         TrainingDiverged: while iterating, when loss or weights are not finite; the checkpoint before it is kept.
     """
-    check_batching("train", len(train), recipe.batch_size)
+    check_batching("images", len(images), recipe.batch_size)
     if validation is not None:
         check_batching("validation", len(validation), recipe.batch_size)
-    dtype = resolve_precision(recipe.precision, device_of(model))
-    job = _Job(train, validation, normalisation, recipe, seed, device_of(model), dtype, after_epoch)
+    resolve_precision(recipe.precision, device_of(model))
+    job = _Job(images, validation, normalisation, recipe, seed, after_epoch)
     model.to(memory_format=torch.channels_last)
     state = FitState(model, sgd_optimizer(model, recipe), [])
     if checkpoint_dir is not None:
@@ -213,15 +154,13 @@ def fit(
 
 @dataclass(frozen=True)
 class _Job:
-    """The arguments of `fit`, checked, with the device and the dtype that they resolve to."""
+    """The arguments of `fit`, checked."""
 
-    train: ImageData
+    images: ImageData
     validation: ImageData | None
     normalisation: Normalisation
     recipe: Recipe
     seed: int
-    device: torch.device
-    dtype: torch.dtype
     after_epoch: Callable[[nn.Module], None] | None = None
 
     @property
@@ -230,7 +169,7 @@ class _Job:
         return {
             **asdict(self.recipe),
             "seed": self.seed,
-            "train_images": len(self.train),
+            "train_images": len(self.images),
             "validation_images": 0 if self.validation is None else len(self.validation),
         }
 
@@ -251,133 +190,27 @@ def _epochs(state: FitState, job: _Job, checkpoint_dir: Path | None) -> Iterator
 
 def _run_epoch(state: FitState, job: _Job, epoch: int) -> EpochRecord:
     start = time.perf_counter()
-    totals = _train_epoch(state, job, epoch)
+    stretch = Stretch(job.normalisation, job.recipe, job.seed, epoch)
+    totals = train(state.model, state.optimizer, job.images, stretch)
     loss, top1 = totals.loss, totals.top1  # waits for the device
     train_seconds = time.perf_counter() - start
-    lr = state.optimizer.param_groups[0]["lr"]
-    if not math.isfinite(loss):
-        raise _diverged(job, epoch, lr, f"the training loss is {loss}")
+    check_finite(loss, stretch, state.optimizer)
     if not all(tensor.isfinite().all() for tensor in state.model.state_dict().values()):
-        raise _diverged(job, epoch, lr, "weights or batch norm statistics are not finite")
+        raise diverged(stretch, state.optimizer, "weights or batch norm statistics are not finite")
     if job.after_epoch is not None:
         job.after_epoch(state.model)
     scored = None if job.validation is None else evaluate_data(state.model, job.validation, job.normalisation)
     if scored is not None and not math.isfinite(scored.loss):
-        raise _diverged(job, epoch, lr, f"the validation loss is {scored.loss}")
+        raise diverged(stretch, state.optimizer, f"the validation loss is {scored.loss}")
     return EpochRecord(
         epoch=epoch,
-        lr=lr,
+        lr=state.optimizer.param_groups[0]["lr"],
         train_loss=loss,
         train_top1=top1,
         validation_top1=None if scored is None else scored.top1,
         validation_loss=None if scored is None else scored.loss,
         seconds=time.perf_counter() - start,
-        images_per_second=len(job.train) / train_seconds,
-    )
-
-
-class Totals:
-    """Correct answers and summed loss, on the device; reading `top1` or `loss` waits for it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(2, dtype=torch.float64, device=device)  # (2,): correct images, nats
-        self._count = 0
-
-    def add(self, logits: Tensor, labels: Tensor, mean_loss: Tensor) -> None:
-        """Add a batch: logits (B, classes), labels (B,), mean loss ()."""
-        correct = (logits.argmax(1) == labels).sum()
-        self._sums += torch.stack([correct.double(), mean_loss.double() * len(labels)])
-        self._count += len(labels)
-
-    @property
-    def top1(self) -> float:
-        return float(self._sums[0]) / self._count
-
-    @property
-    def loss(self) -> float:
-        return float(self._sums[1]) / self._count
-
-
-def training_batches(
-    data: ImageData, normalisation: Normalisation, recipe: Recipe, generator: torch.Generator, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """One pass over the images in random order, augmented: images (B, C, H, W), channels last in memory, labels (B,).
-
-    There are `recipe.steps(N)` batches, of sizes that differ by at most 1.
-    """
-    order = torch.randperm(len(data), generator=generator)  # (N,)
-    batches = order.tensor_split(recipe.steps(len(data)))
-    for indices, pixels in zip(batches, _augmented(data, batches, recipe, generator, device), strict=True):
-        images = normalise(pixels.to(device), normalisation)
-        yield images.contiguous(memory_format=torch.channels_last), data.labels[indices].to(device)
-
-
-def _augmented(
-    data: ImageData, batches: Sequence[Tensor], recipe: Recipe, generator: torch.Generator, device: torch.device
-) -> Iterator[Tensor]:
-    """The images at the indices (B,) of each batch, augmented: uint8 (B, C, H, W)."""
-    if recipe.resized_crop:
-        yield from data.cropped(batches, generator, recipe.flip)
-        return
-    for indices in batches:
-        yield augment(data.batch(indices).to(device), generator, recipe.padding, recipe.flip)
-
-
-def backward(model: nn.Module, images: Tensor, labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Fresh gradients of the mean cross-entropy of a batch in the parameters: logits (B, classes), loss ()."""
-    model.zero_grad()
-    with autocast(images.device, dtype):
-        logits = model(images)
-    loss = F.cross_entropy(logits.float(), labels)
-    loss.backward()
-    return logits.detach(), loss.detach()
-
-
-def _train_epoch(state: FitState, job: _Job, epoch: int) -> Totals:
-    """One pass over the training images; all its randomness comes from (seed, epoch)."""
-    model, recipe, totals = state.model, job.recipe, Totals(job.device)
-    generator = torch.Generator().manual_seed(epoch_seed(job.seed, epoch))
-    steps = recipe.steps(len(job.train))
-    with training_flags_kept(model), seeded(epoch_seed(job.seed, epoch), job.device):
-        model.train()
-        batches = training_batches(job.train, job.normalisation, recipe, generator, job.device)
-        for step, (images, labels) in enumerate(batches):
-            lr = learning_rate(recipe.schedule, recipe.lr, epoch - 1 + (step + 0.5) / steps, recipe.epochs)
-            state.optimizer.param_groups[0]["lr"] = lr
-            logits, loss = backward(model, images, labels, job.dtype)
-            state.optimizer.step()
-            totals.add(logits, labels, loss)
-            if (step + 1) % DIVERGENCE_CHECK_STEPS == 0 and not math.isfinite(totals.loss):
-                raise _diverged(job, epoch, lr, f"the training loss is {totals.loss}")
-    return totals
-
-
-def sgd_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
-    """SGD without Nesterov over what is trained."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.SGD(parameters, recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
-
-
-def epoch_seed(seed: int, epoch: int) -> int:
-    """The seed of one epoch of a run; seed 0 in epoch 2 does not repeat seed 1 in epoch 1."""
-    return (seed * 1_000_003 + epoch) % 2**63
-
-
-@contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Dropout knows only the global generators: seed them, and put them back after."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
-
-
-def _diverged(job: _Job, epoch: int, lr: float, what: str) -> TrainingDiverged:
-    remedy = "lower the learning rate (--pretrain_lr, --finetune_lr)"
-    if job.dtype != torch.float32:
-        remedy += " or use --precision fp32"
-    return TrainingDiverged(
-        f"training diverged in epoch {epoch} at learning rate {lr:.3g} (lr={job.recipe.lr:g}): {what}; {remedy}. "
-        f"Nothing of epoch {epoch} was saved"
+        images_per_second=len(job.images) / train_seconds,
     )
 
 

@@ -15,7 +15,8 @@ from cacp.data import ImageData
 from cacp.evaluation import evaluate_data
 from cacp.schedules import learning_rate
 from cacp.schema import Normalisation, UserError
-from cacp.training import EpochRecord, Recipe, TrainingDiverged, chosen_epoch, fit
+from cacp.steps import Recipe, TrainingDiverged
+from cacp.training import EpochRecord, chosen_epoch, fit
 
 NORMALISATION = Normalisation((0.5,), (0.25,))
 RECIPE = Recipe(epochs=5, lr=0.05, batch_size=32, padding=1, flip=False, precision="fp32")

@@ -27,7 +27,8 @@ from cacp.methods.sfp import SFP
 from cacp.methods.soft import zero_filters
 from cacp.schema import Budget, ChannelGroups, Normalisation, Policy, Score
 from cacp.slicing import slice_model
-from cacp.training import EpochRecord, Recipe
+from cacp.steps import Recipe
+from cacp.training import EpochRecord
 
 NORMALISATION = Normalisation((0.5,), (0.25,))
 IMAGES = bars(90)

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import RandomResizedCrop
 
-from cacp.data.images import ImageData
+from cacp.data.images import ImageData, Share
 from cacp.schema import UserError
 
 SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp"))
@@ -62,6 +62,10 @@ class FileImages:
         self._workers = workers
         self._threads = ThreadPoolExecutor(max(1, workers))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Threads stay behind when it is sent to another process."""
+        return FileImages, (self._paths, self._size, self._frame, self._workers)
+
     @property
     def image_shape(self) -> tuple[int, int, int]:
         return 3, self._size.height, self._size.width
@@ -91,17 +95,23 @@ class FileImages:
         _refuse(self._threads.map(fill, range(len(chosen))))
         return torch.from_numpy(pixels)
 
-    def cropped(self, batches: Sequence[Tensor], generator: torch.Generator, flip: bool) -> Iterator[Tensor]:
+    def cropped(
+        self, batches: Sequence[Tensor], generator: torch.Generator, flip: bool, share: Share
+    ) -> Iterator[Tensor]:
         """Batches of random crops, resized to `size`, mirrored at random with `flip`: uint8 (B, 3, H, W).
 
         A crop has 8 % to 100 % of the image's area and 3:4 to 4:3 sides (torchvision's RandomResizedCrop). Worker
-        processes make them; which crop an image gets depends on the generator alone.
+        processes make them, of the images of each batch that `share` takes; which crop an image gets depends on the
+        generator alone.
 
         Raises:
             UserError: listing the files that are broken.
         """
-        seeds = [torch.randint(0, 2**62, (len(batch),), generator=generator).tolist() for batch in batches]
-        chosen = [list(zip(batch.tolist(), drawn, strict=True)) for batch, drawn in zip(batches, seeds, strict=True)]
+        seeds = [torch.randint(0, 2**62, (len(batch),), generator=generator) for batch in batches]
+        chosen = [
+            list(zip(share(batch).tolist(), share(drawn).tolist(), strict=True))
+            for batch, drawn in zip(batches, seeds, strict=True)
+        ]
         crops = _Crops(self._paths, self._size, flip)
         own = torch.Generator()  # else the loader draws from the global one
         loader = DataLoader(crops, batch_sampler=chosen, num_workers=self._workers, collate_fn=list, generator=own)

@@ -5,13 +5,15 @@ Letters: N images of a set, B of a batch, C channels, H x W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from cacp.schema import UserError
+
+Share = Callable[[Tensor], Tensor]  # the part (b,) of a batch (B,) that is wanted
 
 
 class ImageStore(Protocol):
@@ -31,7 +33,9 @@ class ImageStore(Protocol):
 class CroppingStore(Protocol):
     """A store that can cut random crops out of the whole images."""
 
-    def cropped(self, batches: Sequence[Tensor], generator: torch.Generator, flip: bool) -> Iterator[Tensor]:
+    def cropped(
+        self, batches: Sequence[Tensor], generator: torch.Generator, flip: bool, share: Share
+    ) -> Iterator[Tensor]:
         """Batches of crops, uint8 (B, C, H, W), of the images at the positions (B,) int64 of each."""
 
 
@@ -107,7 +111,9 @@ class ImageData:
         indices = indices.to("cpu", torch.int64)
         return self._store.batch(indices if self._positions is None else self._positions[indices])
 
-    def cropped(self, batches: Sequence[Tensor], generator: torch.Generator, flip: bool) -> Iterator[Tensor]:
+    def cropped(
+        self, batches: Sequence[Tensor], generator: torch.Generator, flip: bool, share: Share = lambda batch: batch
+    ) -> Iterator[Tensor]:
         """Random crops of the images at the indices (B,) of each batch, see `FileImages.cropped`.
 
         Raises:
@@ -116,7 +122,7 @@ class ImageData:
         store, places = self._store, self._positions
         if not isinstance(store, CroppingStore):
             raise UserError("random crops of any size need images in files: dataset imagefolder or imagenet")
-        return store.cropped([batch if places is None else places[batch] for batch in batches], generator, flip)
+        return store.cropped([batch if places is None else places[batch] for batch in batches], generator, flip, share)
 
     def subset(self, indices: Tensor) -> ImageData:
         """The images at `indices` (B,) int64, in that order, as a set of its own."""

@@ -14,7 +14,6 @@ Letters: C channels of a group, G prunable groups, T targets.
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 import time
 from collections.abc import Iterator
@@ -27,24 +26,12 @@ from torch import Tensor, nn
 
 from cacp.budget import in_window, meets_targets
 from cacp.cost import CostModel
-from cacp.evaluation import device_of, resolve_precision
 from cacp.importance import shared, taylor_change
 from cacp.methods.gates import Gates
 from cacp.methods.subject import Pruned, Subject
-from cacp.models.modes import training_flags_kept
 from cacp.schema import COSTS, Budget, Policy
-from cacp.training import (
-    EpochRecord,
-    FitState,
-    Recipe,
-    Totals,
-    TrainingDiverged,
-    backward,
-    epoch_seed,
-    seeded,
-    sgd_optimizer,
-    training_batches,
-)
+from cacp.steps import Recipe, Stretch, check_finite, sgd_optimizer, train
+from cacp.training import EpochRecord, FitState
 
 
 class Removal(NamedTuple):
@@ -104,33 +91,21 @@ class CAIE:
         self, subject: Subject, recipe: Recipe, state: FitState, gates: Gates
     ) -> tuple[EpochRecord, dict[str, Tensor]]:
         """The mini-batches of a step, and the Taylor importance (C,) of every group's channels from their gradients."""
-        start, step, training = time.perf_counter(), len(state.records) + 1, subject.training
-        device = device_of(state.model)
-        dtype = resolve_precision(recipe.precision, device)
-        generator = torch.Generator().manual_seed(epoch_seed(training.seed, step))
-        passes = (
-            training_batches(training.images, subject.normalisation, recipe, generator, device)
-            for _ in itertools.count()
-        )
+        start, training, step = time.perf_counter(), subject.training, len(state.records) + 1
         sums = {name: torch.zeros_like(gate) for name, gate in gates.open.items()}
-        totals, images_seen = Totals(device), 0
-        with training_flags_kept(state.model), seeded(epoch_seed(training.seed, step), device):
-            state.model.train()
-            batches = itertools.islice(itertools.chain.from_iterable(passes), self.batches_per_step)
-            for images, labels in batches:
-                logits, loss = backward(state.model, images, labels, dtype)
-                for name, norms in gates.norms.items():
-                    sums[name] += shared(_change(norms), subject.groups[name].block) ** 2
-                state.optimizer.step()
-                totals.add(logits, labels, loss)
-                images_seen += len(labels)
-        if not math.isfinite(totals.loss):
-            raise TrainingDiverged(
-                f"training diverged in step {step}: the loss is {totals.loss}; lower the learning rate (--method_lr)"
-            )
+
+        def add_importance() -> None:
+            for name, norms in gates.norms.items():
+                sums[name] += shared(_change(norms), subject.groups[name].block) ** 2
+
+        batches = self.batches_per_step
+        stretch = Stretch(subject.normalisation, recipe, training.seed, step, batches)
+        totals = train(state.model, state.optimizer, training.images, stretch, add_importance)
+        check_finite(totals.loss, stretch, state.optimizer)
         seconds = time.perf_counter() - start
-        record = EpochRecord(step, recipe.lr, totals.loss, totals.top1, None, None, seconds, images_seen / seconds)
-        return record, {name: (total / self.batches_per_step).cpu() for name, total in sums.items()}
+        speed = batches * min(recipe.batch_size, len(training.images)) / seconds
+        record = EpochRecord(step, recipe.lr, totals.loss, totals.top1, None, None, seconds, speed)
+        return record, {name: (total / batches).cpu() for name, total in sums.items()}
 
     def removals(
         self, importance: dict[str, Tensor], gates: Gates, cost_model: CostModel, budget: Budget

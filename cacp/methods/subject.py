@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from cacp.cost import CostModel
 from cacp.data import ImageData
 from cacp.schema import Budget, ChannelGroups, Normalisation, Policy, Score
-from cacp.training import EpochRecord, Recipe
+from cacp.steps import Recipe
+from cacp.training import EpochRecord
 
 
 class Training(NamedTuple):

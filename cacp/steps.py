@@ -1,0 +1,249 @@
+"""A stretch of training: mini-batches one after another, on one process or on several.
+
+SGD as CACP fine-tunes (momentum 0.9, weight decay 1e-4, batch 256, no Nesterov). The data order, the augmentation and
+dropout of a stretch are drawn from its seed alone.
+
+Letters: N images, B batch, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cacp.data import ImageData, augment, normalise
+from cacp.evaluation import PRECISIONS, autocast, device_of, resolve_precision
+from cacp.models.modes import training_flags_kept
+from cacp.parallel import as_one, own_share, processes, send_to_others, summed
+from cacp.schedules import SCHEDULE_HELP, is_schedule, learning_rate
+from cacp.schema import Normalisation, UserError
+
+DIVERGENCE_CHECK_STEPS = 100  # reading the loss waits for the device, so not every step
+
+
+class TrainingDiverged(UserError):
+    """The loss or the weights became nan or infinite."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How `fit` trains: SGD without Nesterov, random mirroring (`flip`), random shift by up to `padding` pixels, or
+    with `resized_crop` instead of a shift random crops of any size and shape (ImageNet's way).
+
+    Raises:
+        UserError: listing every value that is out of range.
+    """
+
+    epochs: int
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    batch_size: int = 256
+    schedule: str = "cosine"
+    padding: int = 4
+    flip: bool = True
+    resized_crop: bool = False
+    precision: str = "auto"
+
+    def __post_init__(self) -> None:
+        rules = {
+            "epochs": (self.epochs >= 1, "at least 1"),
+            "lr": (0 < self.lr < math.inf, "positive"),
+            "momentum": (0 <= self.momentum < 1, "in [0, 1)"),
+            "weight_decay": (0 <= self.weight_decay < math.inf, "0 or more"),
+            "batch_size": (self.batch_size >= 1, "at least 1"),
+            "schedule": (is_schedule(self.schedule), SCHEDULE_HELP),
+            "padding": (self.padding >= 0, "0 or more"),
+            "precision": (self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
+        }
+        wrong = [
+            f"{name} must be {rule}, but got {getattr(self, name)!r}" for name, (met, rule) in rules.items() if not met
+        ]
+        if wrong:
+            raise UserError("; ".join(wrong))
+
+    def steps(self, images: int) -> int:
+        """Mini-batches of a pass over so many images."""
+        return math.ceil(images / self.batch_size)
+
+
+class Totals:
+    """Correct answers and summed loss, on the device; reading `top1` or `loss` waits for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums = torch.zeros(3, dtype=torch.float64, device=device)  # (3,): correct images, nats, images
+
+    def add(self, logits: Tensor, labels: Tensor, mean_loss: Tensor) -> None:
+        """Add a batch: logits (B, classes), labels (B,), mean loss ()."""
+        correct = (logits.argmax(1) == labels).sum()
+        count = torch.full((), len(labels), dtype=torch.float64, device=correct.device)
+        self._sums += torch.stack([correct.double(), mean_loss.double() * count, count])
+
+    def of_all(self) -> Totals:
+        """Those of all processes together."""
+        together = Totals(self._sums.device)
+        together._sums = summed(self._sums)
+        return together
+
+    @property
+    def top1(self) -> float:
+        return float(self._sums[0] / self._sums[2])
+
+    @property
+    def loss(self) -> float:
+        return float(self._sums[1] / self._sums[2])
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Mini-batches that are trained on one after another; `number`, from 1, is that of the epoch or a method's step.
+
+    There are `batches` of them, or as many as one pass over the images has.
+    """
+
+    normalisation: Normalisation
+    recipe: Recipe
+    seed: int
+    number: int
+    batches: int | None = None
+
+
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.SGD,
+    images: ImageData,
+    stretch: Stretch,
+    after_backward: Callable[[], None] | None = None,
+) -> Totals:
+    """Train a model in place, on all processes; all randomness comes from the stretch's seed and number.
+
+    Args:
+        model: classifier, (B, C, H, W) -> (B, classes).
+        optimizer: of its parameters.
+        images: that it is trained on, augmented.
+        stretch: of which mini-batches, and how.
+        after_backward: called for every mini-batch when the gradients, of the whole batch, are there.
+
+    Raises:
+        TrainingDiverged: when the loss is not finite.
+    """
+    send_to_others(_follow, (model, optimizer.state_dict(), stretch), images)
+    return _train(model, optimizer, images, stretch, after_backward)
+
+
+def _follow(work: tuple[nn.Module, dict[str, Any], Stretch], images: ImageData) -> None:
+    """What the other processes do meanwhile; the first one tells of what goes wrong."""
+    model, optimizer_state, stretch = work
+    optimizer = sgd_optimizer(model, stretch.recipe)
+    optimizer.load_state_dict(optimizer_state)
+    with suppress(TrainingDiverged):
+        _train(model, optimizer, images, stretch, None)
+
+
+def _train(
+    model: nn.Module,
+    optimizer: torch.optim.SGD,
+    data: ImageData,
+    stretch: Stretch,
+    after_backward: Callable[[], None] | None,
+) -> Totals:
+    device, recipe, seed = device_of(model), stretch.recipe, epoch_seed(stretch.seed, stretch.number)
+    totals, dtype = Totals(device), resolve_precision(recipe.precision, device)
+    steps = stretch.batches or recipe.steps(len(data))
+    batches = _batches(data, stretch, torch.Generator().manual_seed(seed), device)
+    with training_flags_kept(model), seeded(seed, device), as_one(model) as network:
+        model.train()
+        for step, (images, labels, whole) in enumerate(itertools.islice(batches, steps)):
+            progress = stretch.number - 1 + (step + 0.5) / steps
+            optimizer.param_groups[0]["lr"] = learning_rate(recipe.schedule, recipe.lr, progress, recipe.epochs)
+            model.zero_grad()
+            with autocast(device, dtype):
+                logits = network(images)  # (B, classes)
+            loss = F.cross_entropy(logits.float(), labels)
+            (loss * (len(labels) * processes() / whole)).backward()
+            if after_backward is not None:
+                after_backward()
+            optimizer.step()
+            totals.add(logits.detach(), labels, loss.detach())
+            if (step + 1) % DIVERGENCE_CHECK_STEPS == 0:
+                check_finite(totals.of_all().loss, stretch, optimizer)
+    return totals.of_all()
+
+
+def check_finite(loss: float, stretch: Stretch, optimizer: torch.optim.SGD) -> None:
+    """Refuse a loss that is not finite.
+
+    Raises:
+        TrainingDiverged: naming the epoch or step, the learning rate and the remedy.
+    """
+    if not math.isfinite(loss):
+        raise diverged(stretch, optimizer, f"the training loss is {loss}")
+
+
+def diverged(stretch: Stretch, optimizer: torch.optim.SGD, what: str) -> TrainingDiverged:
+    """The error that says where a training diverged, and what to do about it."""
+    recipe, lr = stretch.recipe, optimizer.param_groups[0]["lr"]
+    remedy = "lower the learning rate (--pretrain_lr, --finetune_lr, --method_lr)"
+    device = optimizer.param_groups[0]["params"][0].device
+    if resolve_precision(recipe.precision, device) != torch.float32:
+        remedy += " or use --precision fp32"
+    return TrainingDiverged(
+        f"training diverged in epoch {stretch.number} at learning rate {lr:.3g} (lr={recipe.lr:g}): {what}; {remedy}. "
+        f"Nothing of epoch {stretch.number} was saved"
+    )
+
+
+def _batches(
+    data: ImageData, stretch: Stretch, generator: torch.Generator, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """Endless passes over the images in random order, augmented: this process's part of every batch, images
+    (B, C, H, W), channels last in memory, and labels (B,), and the images of the whole batch.
+
+    A pass has `recipe.steps(N)` batches, of sizes that differ by at most 1.
+    """
+    recipe = stretch.recipe
+    while True:
+        order = torch.randperm(len(data), generator=generator)  # (N,)
+        batches = order.tensor_split(recipe.steps(len(data)))
+        for indices, pixels in zip(batches, _augmented(data, batches, recipe, generator, device), strict=True):
+            images = normalise(pixels.to(device), stretch.normalisation)
+            labels = data.labels[own_share(indices)].to(device)
+            yield images.contiguous(memory_format=torch.channels_last), labels, len(indices)
+
+
+def _augmented(
+    data: ImageData, batches: Sequence[Tensor], recipe: Recipe, generator: torch.Generator, device: torch.device
+) -> Iterator[Tensor]:
+    """This process's part of the images at the indices (B,) of each batch, augmented: uint8 (B, C, H, W)."""
+    if recipe.resized_crop:
+        yield from data.cropped(batches, generator, recipe.flip, own_share)
+        return
+    for indices in batches:
+        yield own_share(augment(data.batch(indices).to(device), generator, recipe.padding, recipe.flip))
+
+
+def sgd_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
+    """SGD without Nesterov over what is trained."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.SGD(parameters, recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+
+
+def epoch_seed(seed: int, epoch: int) -> int:
+    """The seed of one epoch of a run; seed 0 in epoch 2 does not repeat seed 1 in epoch 1."""
+    return (seed * 1_000_003 + epoch) % 2**63
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Dropout knows only the global generators: seed them, and put them back after."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

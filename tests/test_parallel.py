@@ -1,0 +1,65 @@
+"""Two processes give one process's result at the same total batch, to rounding (gloo on the CPU)."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from running import ROOT, TINY, run
+from torch import Tensor
+
+from cacp.checkpoint import load_json
+
+
+def torchrun(*arguments: object) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *map(str, arguments)]
+    process = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert process.returncode == 0, process.stdout + process.stderr
+    return process.stdout
+
+
+def test_training_and_methods_that_train(tmp_path: Path) -> None:
+    script = ROOT / "tests" / "trained_in_parallel.py"
+    subprocess.run([sys.executable, script, tmp_path / "one.pt"], check=True, timeout=600)
+    torchrun(script, tmp_path / "two.pt")
+    one, two = (torch.load(tmp_path / name, weights_only=True) for name in ("one.pt", "two.pt"))
+    assert one.keys() == two.keys() and len(one) > 300
+    assert [name for name in one if difference(one[name], two[name]) > 1e-6] == []
+    assert len(one["caie kept conv1"]) < 16
+
+
+def difference(one: Tensor, two: Tensor) -> float:
+    """Largest difference in parts of the largest value; the labels' loss is computed in float32."""
+    if one.shape != two.shape:
+        return float("inf")
+    return float((one.double() - two.double()).abs().max() / one.double().abs().max().clamp_min(1e-3))
+
+
+@pytest.mark.slow
+def test_commands_under_torchrun(tmp_path: Path) -> None:
+    single, several = tmp_path / "one", tmp_path / "two"
+    settings = [*TINY, "--precision=fp32", "--pretrain_lr=0.02"]
+    run("pretrain", *settings, "--output", single)
+    out = torchrun("pretrain.py", *settings, "--output", several)
+    assert out.count("validation images, in") == 1  # the first process alone speaks
+    losses = []
+    for folder in (single, several):
+        with (folder / "dense" / "epochs.csv").open(newline="") as file:
+            losses.append([float(row["train_loss"]) for row in csv.DictReader(file)])
+    assert losses[0] == pytest.approx(losses[1], rel=0.1)
+    torchrun("prune.py", *settings, "--method=caie", "--macs=0.5", "--channels_per_step=100", "--output", several)
+    run("export", several)
+    torchrun("finetune.py", several)
+    result = load_json(several / "finetune" / "macs-0.50" / "result.json")
+    assert result["test_top1"]["after"] > 0.4  # of ten classes, after one epoch
+    error = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "finetune.py", "nowhere"],
+        cwd=ROOT, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert error.returncode != 0 and error.stderr.count("nowhere holds no run") == 1
