@@ -35,16 +35,16 @@ def main() -> None:
     save_json(arguments.output, portable(summary))
     for name, run in summary["runs"].items():
         for budget, row in run["policies"].items():
-            print(
-                f"{name:24} {budget} {row['macs'] / row['dense_macs']:.4f} test {100 * row['test_top1_before']:.2f} %"
-            )
+            tops = [row["test_top1_before"]] + ([row["finetuned"]["test_top1"]["after"]] if row["finetuned"] else [])
+            test_top1 = " -> ".join(f"{100 * top1:.2f} %" for top1 in tops)
+            print(f"{name:24} {budget} {row['macs'] / row['dense_macs']:.4f} test {test_top1}")
 
 
 def summarised(run: Path, test: ImageData) -> dict[str, Any]:
     settings = yaml.safe_load((run / "config.yaml").read_text())
-    keys = ("agent", "episodes", "warmup_episodes", "criterion", "scope", "validation_images", "calibration_images")
+    places = ("output", "data_dir", "weights", "device", "workers")
     return {
-        "settings": {key: settings[key] for key in (*keys, "seed")},
+        "settings": {key: value for key, value in settings.items() if key not in places and value is not None},
         "search_seconds": search_seconds(run / "search" / "episodes.csv"),
         "environment": load_json(run / "environment.json"),
         "policies": {folder.name: policy_row(run, folder.name, test) for folder in sorted((run / "export").iterdir())},
