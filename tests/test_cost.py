@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,11 +13,12 @@ import torchvision
 from conftest import Net, keep_all, policy_counts, random_policy, resnet20
 from torch import nn
 
+from cacp.checkpoint import save_json
 from cacp.cost import CostModel, counted_cost, layer_costs
 from cacp.cost import __main__ as command
 from cacp.graph import trace
 from cacp.models import build_model
-from cacp.schema import Cost
+from cacp.schema import Budget, Cost, Policy, PolicyRecord, Score
 from cacp.slicing import slice_model
 
 
@@ -162,6 +164,22 @@ def test_layers_add_up_to_the_cost_of_a_policy() -> None:
         )
     first = next(one for one in layer_costs(groups, {"conv1": 4}) if one.layer.module == "layer1.0.conv1")
     assert (first.inputs, first.outputs, first.cost) == (4, 16, (32 * 32 * 9 * 4 * 16, 9 * 4 * 16))
+
+
+def test_the_command_takes_a_policy_of_a_run_that_left_groups_whole(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    groups = trace(resnet20(), torch.zeros(1, 3, 32, 32), ignore=["layer1.*"])
+    policy = Policy({group.name: tuple(range(8)) for group in groups.prunable}, "l1")
+    assert 0 < len(policy.keep) < len(trace(resnet20(), torch.zeros(1, 3, 32, 32)).prunable)
+    score = Score(0.5, 1.0, 0.5, CostModel(groups).cost([8] * len(policy.keep)))
+    record = PolicyRecord(policy, Budget({"macs": 0.9}), score, score, "uniform", 0)
+    save_json(tmp_path / "policy.json", record.to_json())
+    monkeypatch.setattr(sys, "argv", ["cost", "--model=resnet20", f"--policy={tmp_path / 'policy.json'}"])
+    command.main()
+    shown = capsys.readouterr().out
+    assert f"{score.cost.params:,}" in shown
+    assert [line for line in shown.splitlines() if "layer1.0.conv1" in line and "16 of 16" in line and "100.00" in line]
 
 
 def test_the_command_prints_layer_by_layer(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,6 +168,13 @@ def test_sensitivity_balances_the_degradation_of_all_groups() -> None:
     assert np.all(np.diff(pruned[inside]) <= 1 / 16)  # ever heavier weights, ever less pruned
 
 
+def test_sensitivity_uses_up_a_budget_of_params() -> None:
+    asked, budget = subject(), Budget({"params": 0.5})
+    policy = sensitivity(asked, budget).policy
+    assert policy is not None
+    assert in_window(asked.cost_model.cost(counts(asked.groups, policy)), asked.cost_model.dense, budget)
+
+
 def test_degradation_curves_are_measured_at_a_purse_of_widths_and_monotone() -> None:
     asked = subject()
     cost_model = asked.cost_model

@@ -17,7 +17,7 @@ from cacp.graph import trace
 from cacp.models import CIFAR_NAMES, MODEL_HELP, build_model
 from cacp.pipeline import run_command
 from cacp.reporting import console, millions, percent, table
-from cacp.schema import ChannelGroups, PolicyRecord
+from cacp.schema import ChannelGroups, Policy, PolicyRecord
 
 
 def main() -> None:
@@ -32,7 +32,8 @@ def main() -> None:
     record = PolicyRecord.from_json(load_json(arguments.policy), str(arguments.policy)) if arguments.policy else None
     groups = trace(model, torch.zeros(1, 3, size, size), record.scope if record else "all")
     if record:
-        record.policy.validate(groups)
+        whole = {group.name: tuple(range(group.channels)) for group in groups.prunable}  # what the run ignored
+        Policy({**whole, **record.policy.keep}, record.policy.criterion).validate(groups)
     show(groups, record.policy.counts if record else {}, f"{arguments.model}, images of {size} x {size} pixels")
 
 

@@ -3,9 +3,9 @@ of widths and scored; a budget's policy prunes each group as far as its own degr
 least that meets the budget. The measurements serve every budget.
 
 Differences from FastNAS: widths between two measured ones take the degradation on the line between them, so that any
-count can be had; what the threshold leaves of the budget goes to the groups that gain most by it a MAC.
+count can be had; what the threshold leaves of the budget goes to the groups that gain most by it for what it costs.
 
-Shapes: G prunable groups.
+Shapes: G prunable groups, T targets.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cacp.budget import meets_targets
 from cacp.cost import CostModel
 from cacp.importance import channel_orders
 from cacp.methods.subject import Pruned, Subject
-from cacp.schema import Budget
+from cacp.schema import COSTS, Budget
 from cacp.slicing import counts_policy
 
 BISECTIONS = 60
@@ -99,14 +99,16 @@ def threshold_counts(curves: Sequence[np.ndarray], cost_model: CostModel, budget
 def _filled_up(
     counts: np.ndarray, curves: Sequence[np.ndarray], cost_model: CostModel, budget: Budget
 ) -> tuple[int, ...]:
-    """The next count of one group after another, where the degradation falls most for its MACs, as long as one fits."""
+    """The next count of one group after another, where the degradation falls most for its cost, as long as one fits."""
+    columns = [COSTS.index(cost) for cost in budget.targets]
+    limits = np.array(list(budget.targets.values())) * np.array(cost_model.dense)[columns]  # (T,)
     while True:
         steps = [cost_model.next_count(counts, group) for group in range(len(counts))]
         fitting = [
             (float(curves[group][counts[group]] - curves[group][step]) / added, group)
             for group, step in enumerate(steps)
             if step > counts[group]
-            for added in [float(cost_model.change(counts, group, step)[0])]
+            for added in [float((cost_model.change(counts, group, step)[columns] / limits).sum())]
             if meets_targets(cost_model.cost(_replaced(counts, group, step)), cost_model.dense, budget)
         ]
         if not fitting:
