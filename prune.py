@@ -14,15 +14,15 @@ import time
 from functools import partial
 from pathlib import Path
 
-from cacp.budget import check_reachable
+from cacp.budget import check_prunable, check_reachable, meets_targets
 from cacp.checkpoint import load_json, save_json, save_tensors
 from cacp.config import experiment_from, parse
 from cacp.experiment import Experiment
 from cacp.methods import Pruned, Subject, Training, make_method
 from cacp.pipeline import Workbench, build_workbench, environment, open_run, run_command, select_device, training_recipe
-from cacp.policies import missing_policies, save_policy
+from cacp.policies import has_policies, load_policies, missing_policies, save_policy
 from cacp.reporting import console, percent, show_policies, table, track_training
-from cacp.schema import Budget, PolicyRecord
+from cacp.schema import Budget, Policy, PolicyRecord, UserError
 from cacp.sweep import SweepRow, load_sweep, save_sweep
 
 
@@ -60,14 +60,16 @@ def run_sweep(experiment: Experiment) -> None:
     waiting = [one for one in experiment.quantile_list if one not in {row.quantile for row in rows}]
     if waiting:
         bench = opened(experiment)
+        check_prunable(bench.cost_model)
+        bench.importance("gfi")  # once for all, and in nobody's time
         for quantile in waiting:
-            start = time.perf_counter()
             method = make_method(experiment.method, {**experiment.method_options, "quantile": quantile})
+            start = time.perf_counter()
             pruned = method(
                 subject_of(experiment, bench, f"quantile-{quantile:g}"), Budget({"macs": 1.0})
             )  # any budget
-            record = save(experiment, bench, pruned, None)
             seconds = time.perf_counter() - start
+            record = save(experiment, bench, pruned, None)
             macs, params = (cost / dense for cost, dense in zip(record.score.cost, bench.cost_model.dense, strict=True))
             threshold, top1 = pruned.details["threshold"], record.score.top1
             rows.append(SweepRow(quantile, threshold, record.budget.name, macs, params, top1, seconds))
@@ -128,11 +130,17 @@ def save(experiment: Experiment, bench: Workbench, pruned: Pruned, budget: Budge
         budget: that it was made for; None takes the MACs that it keeps, rounded up.
     """
     policy = pruned.policy
-    assert policy is not None
+    if policy is None:
+        raise UserError(
+            f"method {experiment.method} returned no policy; only magnitude, which zeroes weights, has none"
+        )
+    policy.validate(bench.groups)
     judge = bench if pruned.weights is None else bench.retrained(pruned.weights)
     score = judge.rescorer(policy)
     if budget is None:
-        budget = Budget({"macs": math.ceil(1e4 * score.cost.macs / bench.cost_model.dense.macs) / 1e4})
+        budget = free_budget(experiment.folder, policy, score.cost.macs / bench.cost_model.dense.macs)
+    if not meets_targets(score.cost, bench.cost_model.dense, budget):
+        raise UserError(f"method {experiment.method} returned a policy that costs {score.cost}, above {budget.name}")
     record = PolicyRecord(
         policy=policy,
         budget=budget,
@@ -145,6 +153,15 @@ def save(experiment: Experiment, bench: Workbench, pruned: Pruned, budget: Budge
     )
     save_policy(experiment.folder, record, pruned.weights)
     return record
+
+
+def free_budget(folder: Path, policy: Policy, macs: float) -> Budget:
+    """The MACs that a policy keeps, rounded up, and further up where a different policy has that name."""
+    there = {record.budget.name: record.policy for record in load_policies(folder)} if has_policies(folder) else {}
+    rounded = math.ceil(1e4 * macs)
+    while there.get((budget := Budget({"macs": rounded / 1e4})).name, policy) != policy:
+        rounded += 1
+    return budget
 
 
 def save_unstructured(bench: Workbench, pruned: Pruned, budget: Budget, folder: Path) -> None:

@@ -48,6 +48,13 @@ RESCORED = 10  # best policies of a target that are scored again: maxima over no
 def main() -> None:
     namespace = parse("search", "Search pruning policies for all targets in one run.", sys.argv[1:])
     experiment = experiment_from(namespace)
+    if experiment.quantiles:
+        raise UserError("quantiles are for prune.py --method gfi_ap; give search.py --targets, or --macs and --params")
+    if experiment.agent == "cacp" and experiment.warmup_episodes >= experiment.episodes:
+        raise UserError(
+            f"warmup_episodes must be below episodes ({experiment.episodes}), so that the agent acts, "
+            f"but got {experiment.warmup_episodes}; lower it, or use --agent random"
+        )
     device = select_device(experiment.device)  # refuse before anything is written
     profile = Profile(synchroniser(device)) if namespace.profile else Profile()
     try:

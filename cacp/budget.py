@@ -186,14 +186,25 @@ def reachable_fractions(cost_model: CostModel) -> dict[str, float]:
     return {cost: least[column] / cost_model.dense[column] for column, cost in enumerate(COSTS)}
 
 
+def check_prunable(cost_model: CostModel) -> None:
+    """Refuse a model without a prunable group.
+
+    Raises:
+        UserError: with what may be in the way.
+    """
+    if not cost_model.names:
+        raise UserError(
+            "the model has no prunable group; scope all prunes residual streams too, ignore keeps groups whole"
+        )
+
+
 def check_reachable(cost_model: CostModel, budget: Budget) -> None:
     """Refuse a budget that no policy can meet.
 
     Raises:
         UserError: naming the cost, the target and the reachable range.
     """
-    if not cost_model.names:
-        raise UserError("the model has no prunable group; scope all prunes residual streams too")
+    check_prunable(cost_model)
     least = reachable_fractions(cost_model)
     wrong = [
         f"{cost} {target:g} (reachable: {least[cost]:.3f} to 1)"
@@ -203,7 +214,7 @@ def check_reachable(cost_model: CostModel, budget: Budget) -> None:
     if wrong:
         raise UserError(
             f"no policy meets {', '.join(wrong)}; no group falls below its least keep ratio: "
-            "raise the target, lower min_keep, or use scope all to prune residual streams too"
+            "raise the target, lower min_keep or channel_multiple, ignore less, or use scope all"
         )
 
 

@@ -17,17 +17,8 @@ import jsonargparse
 import yaml
 
 from cacp.checkpoint import write_atomically
-from cacp.experiment import (
-    FINETUNE,
-    IDENTITY,
-    MACHINE,
-    POLICY,
-    TRAINING,
-    Experiment,
-    kept_fraction,
-    macs_target,
-    quantile,
-)
+from cacp.experiment import FINETUNE, IDENTITY, MACHINE, METHOD_OPTIONS, POLICY, TRAINING, Experiment
+from cacp.ranges import kept_fraction, macs_target, quantile
 from cacp.schema import COSTS, UserError
 
 _LISTS = {
@@ -38,7 +29,7 @@ _LISTS = {
     "ignore": "[layer1.*]",
 }
 _ALIASES = {"quantiles": ["--quantile", "--sweep"]}
-_BUDGETS: dict[tuple[str, ...], Any] = {("targets",): [], COSTS: None, ("quantiles",): []}  # kinds, what none is
+_BUDGET = {"targets", "quantiles", *COSTS}
 _COMMAND_STAGES = {
     "pretrain": (IDENTITY, TRAINING),
     "search": (POLICY,),
@@ -69,31 +60,36 @@ def parse(command: str, description: str, argv: Sequence[str], run_argument: boo
         files = [str(own_config)]
         _check_files(files)
         namespace = _parser(command, description, run_argument, list(files)).parse_args(list(argv))
-    return _with_one_kind_of_budget(namespace, argv, files)
+    return _without_what_flags_replace(namespace, command, argv, files)
 
 
-def _with_one_kind_of_budget(
-    namespace: jsonargparse.Namespace, argv: Sequence[str], files: Sequence[str]
+def _without_what_flags_replace(
+    namespace: jsonargparse.Namespace, command: str, argv: Sequence[str], files: Sequence[str]
 ) -> jsonargparse.Namespace:
-    """Flags of one kind replace the other kinds of the files, and those of a file the default targets."""
+    """A flag of a budget replaces a file's whole budget, and another method its method's options; search takes none of
+    prune's settings from a file.
+    """
     aliases = {alias.lstrip("-"): name for name, others in _ALIASES.items() for alias in others}
+    aliases["epochs"] = _own_epochs(command)
     words = {word.partition("=")[0].lstrip("-") for word in argv if word.startswith("--")}
     flags = {aliases.get(word, word) for word in words}
-    listed = set[str]().union(*(_given_keys(path) for path in files))
-    for given in (flags, listed):
-        if any(given.intersection(kind) for kind in _BUDGETS):
-            for kind, empty in _BUDGETS.items():
-                if not given.intersection(kind):
-                    for key in kind:
-                        namespace[key] = empty
-            break
+    replaced: set[str] = set()
+    if flags.intersection(_BUDGET):
+        replaced |= _BUDGET
+    methods = [settings["method"] for path in files if "method" in (settings := _settings(path))]
+    if "method" in flags and methods and methods[-1] != namespace["method"]:
+        replaced |= {*METHOD_OPTIONS, "quantiles"}
+    if command == "search":
+        replaced |= {*METHOD_OPTIONS, "quantiles", "method"}
+    defaults = _plain({item.name: item.default for item in dataclasses.fields(Experiment)})
+    for key in replaced - flags:
+        namespace[key] = defaults[key]
     return namespace
 
 
-def _given_keys(path: str) -> set[str]:
-    """The settings of a file that are not empty."""
-    settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    return {key for key, value in settings.items() if value not in (None, [])}
+def _settings(path: str) -> dict[str, Any]:
+    """What a checked file holds."""
+    return dict(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
 
 
 def _parser(
@@ -139,8 +135,9 @@ class _Type:
 
 
 def _add_setting(group: Any, item: dataclasses.Field[Any], command: str) -> None:
-    stage = "method" if command == "prune" else command
-    names = [f"--{item.name}", *_ALIASES.get(item.name, []), *(["--epochs"] if item.name == f"{stage}_epochs" else [])]
+    names = [f"--{item.name}", *_ALIASES.get(item.name, [])] + (
+        ["--epochs"] if item.name == _own_epochs(command) else []
+    )
     listed = "list" in str(item.type)
     kinds: dict[str, Any] = {"int": int, "float": float, "str": str, "bool": bool}
     kinds |= {
@@ -159,6 +156,11 @@ def _add_setting(group: Any, item: dataclasses.Field[Any], command: str) -> None
     element = elements.get(item.name, float)
     keywords: dict[str, Any] = {"type": element, "nargs": "+"} if listed else {"type": kind}
     group.add_argument(*names, default=default, help=item.metadata["help"], **keywords)
+
+
+def _own_epochs(command: str) -> str:
+    """The setting that --epochs means to a command."""
+    return "method_epochs" if command == "prune" else f"{command}_epochs"
 
 
 def _config_files(argv: Sequence[str]) -> list[str]:

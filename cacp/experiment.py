@@ -7,7 +7,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from cacp.graph import MIN_KEEP_RATIO, SCOPES
 from cacp.importance import CRITERIA, DISTANCES
 from cacp.methods import METHOD_HELP, METHODS, known_method, method_entry
 from cacp.models import MODEL_HELP, wrong_name
+from cacp.ranges import quantile_list, range_ends
 from cacp.schedules import SCHEDULE_HELP, is_schedule
 from cacp.schema import COSTS, Budget, UserError
 
@@ -27,6 +27,7 @@ from cacp.schema import COSTS, Budget, UserError
 # fine-tuning, or nothing but where and on what a command runs.
 IDENTITY, TRAINING, POLICY, FINETUNE, MACHINE = "identity", "training", "policy", "finetune", "machine"
 LARGEST_SEED = 2**32 - 1
+TARGETS = (0.3, 0.5, 0.7)  # the paper's
 METHOD_OPTIONS = (
     "method_epochs",
     "method_lr",
@@ -88,7 +89,10 @@ class Experiment:
     pretrain_lr: float = _setting(0.1, TRAINING, "weights train: highest learning rate")
     pretrain_schedule: str = _setting("cosine", TRAINING, f"weights train: {SCHEDULE_HELP}")
     targets: list[float | str] = _setting(
-        (0.3, 0.5, 0.7), POLICY, "macs targets: kept fractions of the dense MACs, in (0, 1]; or a range, 0.3:0.8"
+        (),
+        POLICY,
+        "macs targets: kept fractions of the dense MACs, in (0, 1]; or a range, 0.3:0.8 (default: 0.3 0.5 0.7 where "
+        "no other budget is given)",
     )
     macs: float | None = _setting(None, POLICY, "instead of targets, one budget: kept fraction of the dense MACs")
     params: float | None = _setting(None, POLICY, "kept fraction of the dense parameters; alone, or together with macs")
@@ -143,6 +147,8 @@ class Experiment:
             raise UserError("these settings are empty:\n  " + "\n  ".join(empty))
         for key in ("targets", "ignore", "quantiles"):
             object.__setattr__(self, key, tuple(dict.fromkeys(getattr(self, key))))
+        if not (self.targets or self.quantiles or self.macs or self.params):
+            object.__setattr__(self, "targets", TARGETS)
         wrong = [*_wrong_choices(self), *_wrong_numbers(self), *_wrong_budgets(self), *_wrong_options(self)]
         if wrong:
             raise UserError("these settings are out of range:\n  " + "\n  ".join(wrong))
@@ -169,12 +175,12 @@ class Experiment:
     @property
     def quantile_list(self) -> list[float]:
         """The quantiles one by one, ascending."""
-        return _quantile_list(self.quantiles)
+        return quantile_list(self.quantiles)
 
     @property
     def target_range(self) -> tuple[float, float] | None:
         """The ends of `targets`, where that is a range."""
-        return _ends(self.targets[0]) if len(self.targets) == 1 else None
+        return range_ends(self.targets[0]) if len(self.targets) == 1 else None
 
     @property
     def budgets(self) -> list[Budget]:
@@ -216,7 +222,6 @@ def _wrong_numbers(experiment: Experiment) -> list[str]:
         "validation_images",
         "calibration_images",
         "search_calibration_images",
-        "workers",
         "batch_size",
         "pretrain_epochs",
         "episodes",
@@ -230,9 +235,9 @@ def _wrong_numbers(experiment: Experiment) -> list[str]:
         value = getattr(experiment, key)
         if value is not None and not (math.isfinite(value) and value > 0):
             wrong.append(f"{key} must be above 0, but got {value}")
-    for key in ("seed", "warmup_episodes", "crop_padding", "weight_decay"):
+    for key in ("seed", "warmup_episodes", "crop_padding", "weight_decay", "workers"):
         value = getattr(experiment, key)
-        if not (math.isfinite(value) and value >= 0):
+        if value is not None and not (math.isfinite(value) and value >= 0):
             wrong.append(f"{key} must be at least 0, but got {value}")
     if experiment.seed > LARGEST_SEED:
         wrong.append(f"seed must be at most {LARGEST_SEED}, but got {experiment.seed}")
@@ -258,15 +263,23 @@ def _wrong_options(experiment: Experiment) -> list[str]:
     for option in METHOD_OPTIONS:
         takers = [name for name, entry in METHODS.items() if option in entry.options]
         if getattr(experiment, option) is not None and option not in own:
+            typed = f"{option} (--epochs)" if option == "method_epochs" else option
             wrong.append(
-                f"{option} is an option of --method {', '.join(takers)}, but method is {experiment.method}; "
-                "leave it out"
+                f"{typed} is an option of --method {', '.join(takers)}, but method is {experiment.method}; leave it out"
             )
+    if experiment.method == "gfi_ap" and experiment.method_lr is not None and not experiment.method_epochs:
+        wrong.append("method_lr of gfi_ap is that of its retraining; give method_epochs (--epochs), or leave it out")
+    entry = method_entry(experiment.method)
+    if experiment.pruned_scope not in entry.scopes:
+        wrong.append(f"scope of {experiment.method} must be {' or '.join(entry.scopes)}, but got {experiment.scope!r}")
+    if experiment.method == "magnitude":
+        idle = [name for name in ("scope", "ignore", "min_keep", "channel_multiple") if _given(experiment, name)]
+        wrong += [f"{name} is for channels, and magnitude prunes single weights; leave it out" for name in idle]
     if experiment.norm_share is not None and not 0 <= experiment.norm_share <= 1:
         wrong.append(f"norm_share must lie in [0, 1], but got {experiment.norm_share}")
     if experiment.quantiles and experiment.method != "gfi_ap":
         wrong.append(f"quantiles are an option of --method gfi_ap, but method is {experiment.method}; give targets")
-    outside = [one for one in _quantile_list(experiment.quantiles) if not 0 < one < 1]
+    outside = [one for one in quantile_list(experiment.quantiles) if not 0 < one < 1]
     if outside:
         wrong.append(
             f"quantiles must lie in (0, 1), but got {outside}: 0 prunes nothing, 1 empties every layer; 0.41 is the "
@@ -275,16 +288,10 @@ def _wrong_options(experiment: Experiment) -> list[str]:
     return wrong
 
 
-def _quantile_list(quantiles: Sequence[float | str]) -> list[float]:
-    """The quantiles one by one, ascending."""
-    found = []
-    for given in quantiles:
-        if isinstance(given, str):
-            low, high, step = map(float, given.split(":"))
-            found += [low + index * step for index in range(round((high - low) / step) + 1)]
-        else:
-            found.append(float(given))
-    return sorted({round(one, 6) for one in found})
+def _given(experiment: Experiment, name: str) -> bool:
+    """Whether a setting is another one than by default."""
+    defaults = {item.name: item.default for item in dataclasses.fields(Experiment)}
+    return bool(getattr(experiment, name) != defaults[name])
 
 
 def _policy_targets(experiment: Experiment) -> list[float]:
@@ -339,68 +346,4 @@ def _wrong_episodes(experiment: Experiment, targets: int) -> list[str]:
     wrong = []
     if experiment.episodes < targets:
         wrong.append(f"episodes must be at least one a target ({targets}), but got {experiment.episodes}")
-    if experiment.agent == "cacp" and experiment.warmup_episodes >= experiment.episodes:
-        wrong.append(
-            f"warmup_episodes must be below episodes ({experiment.episodes}), so that the agent acts, "
-            f"but got {experiment.warmup_episodes}; lower it, or use --agent random"
-        )
     return wrong
-
-
-def quantile(text: float | str) -> float | str:
-    """A quantile, or LOW:HIGH:STEP as it is written.
-
-    Raises:
-        ArgumentTypeError: if it is neither.
-    """
-    try:
-        if not isinstance(text, str) or ":" not in text:
-            return float(text)
-        low, high, step = map(float, text.split(":"))
-    except ValueError as error:
-        raise ArgumentTypeError(
-            f"a quantile is a number or LOW:HIGH:STEP, like 0.3:0.7:0.1, but got {text!r}"
-        ) from error
-    if not (step > 0 and low <= high):
-        raise ArgumentTypeError(f"LOW:HIGH:STEP must rise by a STEP above 0, like 0.3:0.7:0.1, but got {text!r}")
-    return f"{low:g}:{high:g}:{step:g}"
-
-
-def macs_target(text: float | str) -> float | str:
-    """A macs target, or a range LOW:HIGH of them as it is written.
-
-    Raises:
-        ArgumentTypeError: if it is neither.
-    """
-    if isinstance(text, str) and ":" in text:
-        try:
-            low, high = map(float, text.split(":"))
-        except ValueError as error:
-            raise ArgumentTypeError(f"a range of targets is LOW:HIGH, like 0.3:0.8, but got {text!r}") from error
-        return f"{low:g}:{high:g}"
-    return kept_fraction(text)
-
-
-def kept_fraction(text: float | str) -> float:
-    """A target in (0, 1].
-
-    Raises:
-        ArgumentTypeError: if it is none.
-    """
-    try:
-        target = float(text)
-    except (TypeError, ValueError):
-        target = math.nan
-    if not 0 < target <= 1:
-        raise ArgumentTypeError(
-            f"targets must be kept fractions in (0, 1], but got {text!r}; 0.5 keeps half of the MACs"
-        )
-    return target
-
-
-def _ends(target: float | str) -> tuple[float, float] | None:
-    """LOW and HIGH of a range; None for anything else."""
-    if not isinstance(target, str):
-        return None
-    low, high = map(float, target.split(":"))
-    return low, high

@@ -61,7 +61,9 @@ class _ClassMeans:
         self._count = 0
 
     def _add(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        total = output.float().sum(0)  # (C, H, W)
+        total = output.float().sum(0)  # (C, H, W); of a linear layer (..., C)
+        if isinstance(layer, nn.Linear):
+            total = total.movedim(-1, 0)
         self._sum = total if self._sum is None else self._sum + total
         self._count += len(output)
 

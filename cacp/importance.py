@@ -155,7 +155,10 @@ def batch_norms(model: nn.Module, groups: ChannelGroups) -> dict[str, list[nn.Ba
             norms.get(axis.segments[0], []).append(module)
     without = [name for name, modules in norms.items() if not modules]
     if without:
-        raise UserError(f"taylor and caie need a batch norm behind every group, but {', '.join(without)} have none")
+        raise UserError(
+            "taylor and caie need a batch norm behind every group; keep those without whole: "
+            f"--ignore {' '.join(without)}"
+        )
     return norms
 
 

@@ -2,7 +2,8 @@
 
 The first one sends out each stretch of training, model and optimiser included; all take their share of every
 mini-batch, with gradients averaged by DistributedDataParallel and batch norm over the whole batch, so that a run's
-result is that of one process, to rounding. Files, scores and messages are the first one's alone.
+result is that of one process, to rounding; only dropout draws other masks. Files, scores and messages are the first
+one's alone.
 """
 
 from __future__ import annotations
@@ -22,12 +23,18 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+_training = False  # within `as_one`
 _PATIENCE = timedelta(days=7)  # the others wait while the first one scores and writes
 
 
 def processes() -> int:
     """How many there are; 1 without torchrun."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def process() -> int:
+    """The number of this one, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def launched() -> int:
@@ -47,11 +54,12 @@ def following_processes() -> Iterator[bool]:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_PATIENCE)
     try:
-        if dist.get_rank() == 0:
+        if process() == 0:
             try:
                 yield True
             finally:
-                _send(None)
+                if not _training:  # else the others wait for something else, and end with this process
+                    _send(None)
         else:
             held: Any = None
             while (work := _received()) is not None:
@@ -96,7 +104,7 @@ def own_share(batch: Tensor) -> Tensor:
     """This process's part (B / processes, ...) of a batch (B, ...)."""
     if processes() == 1:
         return batch
-    return batch.tensor_split(processes())[dist.get_rank()]
+    return batch.tensor_split(processes())[process()]
 
 
 def summed(tensor: Tensor) -> Tensor:
@@ -111,6 +119,7 @@ def summed(tensor: Tensor) -> Tensor:
 @contextmanager
 def as_one(model: nn.Module) -> Iterator[nn.Module]:
     """A model to train with: its gradients are means over the processes, its batch norms see the whole batch."""
+    global _training
     if processes() == 1:
         yield model
         return
@@ -119,7 +128,9 @@ def as_one(model: nn.Module) -> Iterator[nn.Module]:
         norm.forward = partial(_norm_of_all, norm)  # type: ignore[method-assign]
     try:
         device = [torch.cuda.current_device()] if next(model.parameters()).is_cuda else None
+        _training = True
         yield DistributedDataParallel(model, device_ids=device)
+        _training = False
     finally:
         for norm in norms:
             del norm.forward

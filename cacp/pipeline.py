@@ -291,15 +291,20 @@ class Workbench:
     rescorer: PolicyScorer  # on the holdout images, fp32, batch norm recalibrated on all calibration images
     splits: Splits
     seed: int
-    scorers: Callable[[nn.Module], tuple[PolicyScorer, PolicyScorer]]  # both of them, for any weights of the network
     _importance: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     def retrained(self, weights: Mapping[str, Tensor]) -> Workbench:
-        """The same for other full-size weights: what a method has made of the dense ones."""
+        """The same for the full-size weights that a method has trained for a policy.
+
+        Raises:
+            UserError: if they are not those of the network.
+        """
         model = copy.deepcopy(self.dense.model)
-        model.load_state_dict(weights)
-        scorer, rescorer = self.scorers(model)
-        return replace(self, scorer=scorer, rescorer=rescorer)
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError as error:
+            raise UserError(f"a method's weights must be a state dict of the dense network: {error}") from error
+        return replace(self, scorer=self.scorer.retrained(model), rescorer=self.rescorer.retrained(model))
 
     def importance(self, criterion: str) -> dict[str, Tensor]:
         """Channel scores, by each criterion computed once."""
@@ -341,23 +346,15 @@ def build_workbench(experiment: Experiment, profile: Profile | None = None) -> W
     calibration, normalisation = splits.calibration, dense.normalisation
     few = min(experiment.search_calibration_images or len(calibration), len(calibration))
     searching = calibration.subset(torch.arange(few))
-
-    def scorers(model: nn.Module) -> tuple[PolicyScorer, PolicyScorer]:
-        return (
-            PolicyScorer(model, groups, splits.validation, searching, normalisation, precision, profile),
-            PolicyScorer(model, groups, splits.holdout, calibration, normalisation),
-        )
-
-    scorer, rescorer = scorers(dense.model)
+    model = dense.model
     return Workbench(
         dense=dense,
         groups=groups,
         cost_model=CostModel(groups),
-        scorer=scorer,
-        rescorer=rescorer,
+        scorer=PolicyScorer(model, groups, splits.validation, searching, normalisation, precision, profile),
+        rescorer=PolicyScorer(model, groups, splits.holdout, calibration, normalisation),
         splits=splits,
         seed=experiment.seed,
-        scorers=scorers,
     )
 
 

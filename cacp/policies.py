@@ -48,12 +48,13 @@ def missing_policies(folder: Path, names: Sequence[str], method: str) -> list[st
     Raises:
         UserError: if the folder holds policies of another method.
     """
-    there = {record.budget.name: record for record in (load_policies(folder) if _has_policies(folder) else [])}
+    there = {record.budget.name: record for record in (load_policies(folder) if has_policies(folder) else [])}
     others = sorted({record.method for record in there.values()} - {method})
     if others:
         raise UserError(f"{folder} holds policies of {', '.join(others)}; give {method} a folder of its own (--output)")
     return [name for name in names if name not in there]
 
 
-def _has_policies(folder: Path) -> bool:
+def has_policies(folder: Path) -> bool:
+    """Whether a run folder holds any."""
     return any((folder / "policies").glob("*.json"))

@@ -9,6 +9,7 @@ repair is worth as much again (results/LOG.md).
 
 from __future__ import annotations
 
+import copy
 import math
 import threading
 import warnings
@@ -91,12 +92,25 @@ class PolicyScorer:
         count = threads * math.ceil(len(validation) / (batch * threads))
         images, labels = self._images.tensor_split(count), self._labels.tensor_split(count)
         self._evaluation_batches = list(zip(images, labels, strict=True))
-        self._network: FusedNetwork | None = None
+        self._network = self._fused(model)
+        self._scores: dict[tuple[tuple[int, ...], ...], Score] = {}
+
+    def retrained(self, model: nn.Module) -> PolicyScorer:
+        """A scorer on the same images for other weights of the network, which a method has trained for its policy.
+
+        Nothing is repaired: what is cut out of them is what was trained.
+        """
+        other = copy.copy(self)
+        other._model, other._repairs, other._scores = model.eval(), False, {}
+        other._network = self._fused(model)
+        return other
+
+    def _fused(self, model: nn.Module) -> FusedNetwork | None:
         try:
-            self._network = FusedNetwork(model, self._images[:1].float(), precision)
+            return FusedNetwork(model, self._images[:1].float(), self._precision)
         except Unfusable as reason:
             warnings.warn(f"policies are scored in plain PyTorch, which is slower: {reason}", stacklevel=2)
-        self._scores: dict[tuple[tuple[int, ...], ...], Score] = {}
+            return None
 
     @property
     def fused(self) -> bool:

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from cacp.data import ImageData, augment, normalise
 from cacp.evaluation import PRECISIONS, autocast, device_of, resolve_precision
 from cacp.models.modes import training_flags_kept
-from cacp.parallel import as_one, own_share, processes, send_to_others, summed
+from cacp.parallel import as_one, own_share, process, processes, send_to_others, summed
 from cacp.schedules import SCHEDULE_HELP, is_schedule, learning_rate
 from cacp.schema import Normalisation, UserError
 
@@ -134,7 +134,14 @@ def train(
 
     Raises:
         TrainingDiverged: when the loss is not finite.
+        UserError: on several processes, for fewer images in a mini-batch than these, or a parameter without gradient.
     """
+    smallest = len(images) // stretch.recipe.steps(len(images))
+    if smallest < processes():
+        raise UserError(
+            f"batch_size must be at least the number of processes that share a mini-batch ({processes()}), but got "
+            f"{stretch.recipe.batch_size}"
+        )
     send_to_others(_follow, (model, optimizer.state_dict(), stretch), images)
     return _train(model, optimizer, images, stretch, after_backward)
 
@@ -144,7 +151,7 @@ def _follow(work: tuple[nn.Module, dict[str, Any], Stretch], images: ImageData) 
     model, optimizer_state, stretch = work
     optimizer = sgd_optimizer(model, stretch.recipe)
     optimizer.load_state_dict(optimizer_state)
-    with suppress(TrainingDiverged):
+    with suppress(UserError):
         _train(model, optimizer, images, stretch, None)
 
 
@@ -159,7 +166,7 @@ def _train(
     totals, dtype = Totals(device), resolve_precision(recipe.precision, device)
     steps = stretch.batches or recipe.steps(len(data))
     batches = _batches(data, stretch, torch.Generator().manual_seed(seed), device)
-    with training_flags_kept(model), seeded(seed, device), as_one(model) as network:
+    with training_flags_kept(model), seeded(seed + process(), device), as_one(model) as network:
         model.train()
         for step, (images, labels, whole) in enumerate(itertools.islice(batches, steps)):
             progress = stretch.number - 1 + (step + 0.5) / steps
@@ -169,23 +176,37 @@ def _train(
                 logits = network(images)  # (B, classes)
             loss = F.cross_entropy(logits.float(), labels)
             (loss * (len(labels) * processes() / whole)).backward()
+            if step == 0 and processes() > 1:
+                _check_all_take_part(model)
             if after_backward is not None:
                 after_backward()
             optimizer.step()
             totals.add(logits.detach(), labels, loss.detach())
-            if (step + 1) % DIVERGENCE_CHECK_STEPS == 0:
-                check_finite(totals.of_all().loss, stretch, optimizer)
+            if (step + 1) % DIVERGENCE_CHECK_STEPS == 0 and not math.isfinite(loss_so_far := totals.of_all().loss):
+                raise diverged(stretch, optimizer, f"the training loss is {loss_so_far}")
     return totals.of_all()
 
 
-def check_finite(loss: float, stretch: Stretch, optimizer: torch.optim.SGD) -> None:
-    """Refuse a loss that is not finite.
+def _check_all_take_part(model: nn.Module) -> None:
+    """Refuse parameters without gradient, for which DistributedDataParallel would wait."""
+    idle = [name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None]
+    if idle:
+        raise UserError(
+            f"on several processes every parameter must take part in the loss, but {', '.join(idle)} do not; set their "
+            "requires_grad to False, or train without torchrun"
+        )
+
+
+def check_finite(loss: float, model: nn.Module, stretch: Stretch, optimizer: torch.optim.SGD) -> None:
+    """Refuse a loss, weights or statistics that are not finite.
 
     Raises:
         TrainingDiverged: naming the epoch or step, the learning rate and the remedy.
     """
     if not math.isfinite(loss):
         raise diverged(stretch, optimizer, f"the training loss is {loss}")
+    if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
+        raise diverged(stretch, optimizer, "weights or batch norm statistics are not finite")
 
 
 def diverged(stretch: Stretch, optimizer: torch.optim.SGD, what: str) -> TrainingDiverged:
@@ -207,12 +228,12 @@ def _batches(
     """Endless passes over the images in random order, augmented: this process's part of every batch, images
     (B, C, H, W), channels last in memory, and labels (B,), and the images of the whole batch.
 
-    A pass has `recipe.steps(N)` batches, of sizes that differ by at most 1.
+    A pass has `recipe.steps(N)` batches, of sizes that differ by at most 1; no more are begun than the stretch has.
     """
     recipe = stretch.recipe
     while True:
         order = torch.randperm(len(data), generator=generator)  # (N,)
-        batches = order.tensor_split(recipe.steps(len(data)))
+        batches = order.tensor_split(recipe.steps(len(data)))[: stretch.batches]
         for indices, pixels in zip(batches, _augmented(data, batches, recipe, generator, device), strict=True):
             images = normalise(pixels.to(device), stretch.normalisation)
             labels = data.labels[own_share(indices)].to(device)

@@ -14,7 +14,8 @@ from cacp.schema import UserError
 
 class SweepRow(NamedTuple):
     """A quantile with its threshold, the policy that it gave, by name, and what that keeps and scores before
-    fine-tuning, on the second half of the validation images; `seconds` is the method's time, not the fine-tuning's.
+    fine-tuning, on the second half of the validation images; `seconds` is the time of pruning and retraining, without
+    the pass over the images that serves all quantiles, and without fine-tuning.
     """
 
     quantile: float

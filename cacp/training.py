@@ -194,9 +194,7 @@ def _run_epoch(state: FitState, job: _Job, epoch: int) -> EpochRecord:
     totals = train(state.model, state.optimizer, job.images, stretch)
     loss, top1 = totals.loss, totals.top1  # waits for the device
     train_seconds = time.perf_counter() - start
-    check_finite(loss, stretch, state.optimizer)
-    if not all(tensor.isfinite().all() for tensor in state.model.state_dict().values()):
-        raise diverged(stretch, state.optimizer, "weights or batch norm statistics are not finite")
+    check_finite(loss, state.model, stretch, state.optimizer)
     if job.after_epoch is not None:
         job.after_epoch(state.model)
     scored = None if job.validation is None else evaluate_data(state.model, job.validation, job.normalisation)

@@ -103,6 +103,14 @@ def test_what_cannot_be_read_is_named(imagenet: Path, tmp_path: Path) -> None:
         digits.cropped([torch.tensor([0])], torch.Generator(), flip=True)
 
 
+def test_a_flat_val_is_told_from_a_missing_one(imagenet: Path, tmp_path: Path) -> None:
+    (tmp_path / "train").symlink_to(imagenet / "train")
+    (tmp_path / "val").mkdir()
+    (tmp_path / "val" / "ILSVRC2012_val_00000001.JPEG").write_bytes(b"")
+    with pytest.raises(UserError, match="archive of val/ is flat: sort it into synset folders"):
+        load_dataset("imagenet", "train", tmp_path)
+
+
 def test_torchvisions_weights_are_published_for_imagenet() -> None:
     found = published_weights_of("resnet50", "imagenet")
     assert found is not None
@@ -110,6 +118,7 @@ def test_torchvisions_weights_are_published_for_imagenet() -> None:
     assert found.top1 == pytest.approx(0.7613) and found.normalisation.mean == (0.485, 0.456, 0.406)
     assert published_weights_of("mobilenet_v2", "imagenet") is not None
     assert published_weights_of("googlenet", "imagenet") is None  # published with auxiliary heads
+    assert published_weights_of("efficientnet_b1", "imagenet") is None  # for 240 pixels
     assert published_weights_of("resnet20", "imagenet") is None and published_weights_of("resnet50", "cifar10") is None
 
 

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("cacp", "envs", "agents")
 RANKS = {
-    "cacp.schema": 0, "cacp.own": 0, "cacp.checkpoint": 0, "cacp.profiling": 0, "cacp.schedules": 0,
+    "cacp.schema": 0, "cacp.own": 0, "cacp.checkpoint": 0, "cacp.profiling": 0, "cacp.schedules": 0, "cacp.ranges": 0,
     "cacp.spaces": 0, "cacp.operators": 0,
     "cacp.models": 1, "cacp.propagation": 1, "cacp.graph": 1, "cacp.cost": 1, "cacp.reward": 1, "cacp.policies": 1,
     "cacp.parallel": 1,

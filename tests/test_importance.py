@@ -130,5 +130,5 @@ def test_what_cannot_be_scored_is_refused() -> None:
     with pytest.raises(UserError, match="needs batches of training images, but got none"):
         channel_importance(model, groups_of(model), "taylor", [])
     bare = Net(lambda m, x: m.b(m.a(x)), a=nn.Conv2d(3, 4, 1), b=nn.Conv2d(4, 5, 1))
-    with pytest.raises(UserError, match="behind every group, but a have none"):
+    with pytest.raises(UserError, match="behind every group; keep those without whole: --ignore a"):
         channel_importance(bare, groups_of(bare), "taylor", [batch(0)])

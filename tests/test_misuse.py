@@ -68,8 +68,17 @@ def test_a_method_and_a_search_do_not_share_a_folder(call: Call, finished: Path)
         (
             "prune",
             ["--output=x", "--method=taylor", "--epochs=3"],
-            ["method_epochs is an option of --method gfi"],
+            ["method_epochs (--epochs) is an option"],
         ),
+        ("prune", ["--output=x", "--method=sfp", "--scope=all"], ["scope of sfp must be inner, but got 'all'"]),
+        (
+            "prune",
+            ["--output=x", "--method=gfi_ap", "--method_lr=0.1"],
+            ["method_lr of gfi_ap is that of"],
+        ),
+        ("prune", ["--output=x", "--method=magnitude", "--ignore=conv1"], ["ignore is for channels, and magnitude"]),
+        ("prune", ["--output=x", "--method=gfi_ap", "--sweep=0.3:inf:0.1"], ["must rise by a STEP", "0.3:inf:0.1"]),
+        ("search", ["--output=x", "--method=gfi_ap", "--quantile=0.4"], ["quantiles are for prune.py"]),
         ("prune", ["--output=x", "--method=sfp", "--distance=l1"], ["distance is an option of --method fpgm"]),
         ("prune", ["--output=x", "--method=fpgm", "--distance=l3"], ["distance must be one of l2, l1, cosine", "'l3'"]),
         ("prune", ["--output=x", "--method=fpgm", "--norm_share=2"], ["norm_share must lie in [0, 1], but got 2"]),

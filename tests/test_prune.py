@@ -16,6 +16,7 @@ from running import ROOT, TINY, Call
 import cacp
 from cacp.checkpoint import load_json, load_tensors, save_tensors
 from cacp.config import experiment_from, parse
+from cacp.experiment import Experiment
 from cacp.methods import make_method
 
 
@@ -43,7 +44,10 @@ def test_caie_meets_two_targets_and_is_exported_with_its_weights(prune: Call, ca
     assert not torch.equal(trained["conv1.weight"], dense["conv1.weight"])
     exported = cacp.load_pruned(folder / "export" / name).state_dict()
     kept = record["keep"]["conv1"]
-    assert torch.equal(exported["conv1.weight"], trained["conv1.weight"][kept])  # reads images: nothing to repair
+    inside = record["keep"]["layer2.0.conv1"]
+    assert torch.equal(
+        exported["layer2.0.conv1.weight"], trained["layer2.0.conv1.weight"][inside][:, kept]
+    )  # unrepaired
 
 
 def test_weights_that_are_not_the_policys_are_refused(prune: Call, call: Call, finished: Path, tmp_path: Path) -> None:
@@ -69,7 +73,8 @@ def test_a_sweep_over_quantiles_and_its_plots(prune: Call, call: Call, tmp_path:
     assert macs == sorted(macs, reverse=True) and thresholds == sorted(thresholds)
     for row in rows:
         record = load_json(folder / "policies" / f"{row['policy']}.json")
-        assert record["details"] == {"quantile": float(row["quantile"]), "threshold": float(row["threshold"])}
+        details = {key: record["details"][key] for key in ("quantile", "threshold")}
+        assert details == {"quantile": float(row["quantile"]), "threshold": float(row["threshold"])}
         assert 0 <= record["budget"]["macs"] - float(row["macs"]) < 1e-4
     assert points(folder) == [3, 3, 3, 3, 0, 3]  # nothing is fine-tuned yet
     written = (folder / "policies" / f"{rows[0]['policy']}.json").stat().st_mtime_ns
@@ -124,6 +129,80 @@ def test_readmes_method_runs_from_pruning_to_export(
     assert "my_method:slimming must return cacp.methods.Pruned, but got int" in error
     error = prune("prune", "--method=my_method:slim", "--macs=0.5", "--output", tmp_path / "third", status=2)
     assert "must have a function slim(subject, budget), but has slimming" in error
+
+
+def test_what_a_method_of_ones_own_must_not_return(
+    prune: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "wrong_methods.py").write_text(
+        "from cacp.methods import Pruned\n"
+        "from cacp.schema import Policy\n"
+        "def everything(subject, budget):\n"
+        "    return Pruned(Policy({g.name: tuple(range(g.channels)) for g in subject.groups.prunable}, 'none'))\n"
+        "def nothing(subject, budget):\n"
+        "    return Pruned(None)\n"
+        "def half(subject, budget):\n"
+        "    return Pruned(Policy({}, 'none'))\n"
+        "def weights(subject, budget):\n"
+        "    policy = Policy({g.name: (0, 1) for g in subject.groups.prunable}, 'none')\n"
+        "    return Pruned(policy, {'conv1.weight': subject.model.conv1.weight})\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, words in {
+        "everything": "returned a policy that costs Cost(macs=40551040, params=269722), above macs-0.50",
+        "nothing": "returned no policy",
+        "half": "layer1.0.conv1: missing",
+        "weights": "must be a state dict of the dense network",
+    }.items():
+        error = prune("prune", f"--method=wrong_methods:{name}", "--macs=0.5", "--output", tmp_path / name, status=2)
+        assert words in error, error
+        assert not (tmp_path / name / "policies").exists()
+
+
+def test_quantiles_of_one_policy_share_it(prune: Call, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    prune("prune", "--method=gfi_ap", "--quantile", "0.3", "0.3001", "--output", folder)
+    with (folder / "sweep" / "sweep.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["quantile"] for row in rows] == ["0.3", "0.3001"] and rows[0]["policy"] == rows[1]["policy"]
+    assert len(list((folder / "policies").iterdir())) == 1
+
+
+def test_a_sweep_ends_at_high() -> None:
+    def quantiles(text: str) -> list[float]:
+        settings = ["--config", str(ROOT / "configs/digits_resnet56.yaml"), "--method=gfi_ap", f"--sweep={text}"]
+        return experiment_from(parse("prune", "", settings)).quantile_list
+
+    assert quantiles("0.3:0.7:0.1") == [0.3, 0.4, 0.5, 0.6, 0.7]
+    assert quantiles("0.3:0.68:0.1") == [0.3, 0.4, 0.5, 0.6]
+    assert quantiles("0.5:0.96:0.1") == [0.5, 0.6, 0.7, 0.8, 0.9]
+
+
+def test_flags_replace_what_a_preset_says_of_another_method_and_budget() -> None:
+    preset = ["--config", str(ROOT / "configs/cifar10_resnet56_caie.yaml")]
+
+    def experiment(command: str, *flags: str) -> Experiment:
+        return experiment_from(parse(command, "", [*preset, *flags]))
+
+    assert experiment("prune").method_options["channels_per_step"] == 25
+    assert experiment("prune", "--method=caie").method_options["channels_per_step"] == 25
+    other = experiment("prune", "--method=sfp", "--epochs=3")
+    assert other.method_options == {"method_epochs": 3, "method_lr": None, "method_schedule": None}
+    assert other.budgets[0].targets == {"macs": 0.5, "params": 0.6}
+    assert experiment("prune", "--macs=0.4").budgets[0].targets == {"macs": 0.4}
+    searched = experiment("search")
+    assert (searched.method, searched.pruned_scope, searched.macs) == ("uniform", "inner", 0.5)
+
+
+@pytest.mark.parametrize("name", ["cifar10_resnet56_caie", "cifar10_resnet32_gfi_ap", "digits_resnet56"])
+def test_printed_settings_can_be_read_again(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    preset = str(ROOT / "configs" / f"{name}.yaml")
+    with pytest.raises(SystemExit):
+        parse("prune", "", ["--config", preset, "--print_config"])
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+    again = experiment_from(parse("prune", "", ["--config", str(tmp_path / "printed.yaml"), "--output", "x"]))
+    first = experiment_from(parse("prune", "", ["--config", preset, "--output", "x"]))
+    assert again == first
 
 
 def test_a_killed_method_goes_on(prune: Call, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from conftest import assert_equal_weights, bars, snapshot, tiny_cnn
 from torch import nn
 
+from cacp import steps
 from cacp.checkpoint import load_state
 from cacp.data import ImageData
 from cacp.evaluation import evaluate_data
@@ -58,6 +59,19 @@ def test_learning_rate_has_the_hand_values_of_400_epochs(schedule: str, epoch: f
 
 def test_step_falls_over_whatever_length() -> None:
     assert [learning_rate("step", 1.0, epoch, 4) for epoch in range(4)] == pytest.approx([1.0, 1.0, 0.1, 0.01])
+
+
+def test_several_processes_need_an_image_each_and_all_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The refusals alone: what several processes do is in test_parallel."""
+    data, recipe = bars(12), Recipe(epochs=1, batch_size=4, padding=0, flip=False, precision="fp32")
+    monkeypatch.setattr(steps, "processes", lambda: 5)
+    with pytest.raises(UserError, match=r"number of processes that share a mini-batch \(5\), but got 4"):
+        list(fit(tiny_cnn(), data, None, NORMALISATION, recipe, 0))
+    monkeypatch.setattr(steps, "processes", lambda: 2)
+    model = tiny_cnn()
+    model.register_parameter("idle", nn.Parameter(torch.zeros(3)))
+    with pytest.raises(UserError, match="every parameter must take part in the loss, but idle do not"):
+        list(fit(model, data, None, NORMALISATION, recipe, 0))
 
 
 def test_an_unknown_schedule_is_named() -> None:

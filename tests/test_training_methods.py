@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Net, assert_equal_weights, bars, lively
+from conftest import Net, assert_equal_weights, bars, lively, random_policy, resnet20
 from torch import Tensor, nn
 
 from cacp.budget import in_window, meets_targets
@@ -18,14 +18,16 @@ from cacp.gfi import filter_importance
 from cacp.graph import trace
 from cacp.importance import channel_importance, distances
 from cacp.methods import Pruned, Subject, Training
-from cacp.methods.caie import CAIE, useful_parts
+from cacp.methods.caie import CAIE, filled_up, useful_parts
 from cacp.methods.fpgm import FPGM
 from cacp.methods.gates import Gates
 from cacp.methods.gfi_ap import GFIAP, GlobalQuantile
 from cacp.methods.magnitude import magnitude
 from cacp.methods.sfp import SFP
 from cacp.methods.soft import zero_filters
+from cacp.models import build_model
 from cacp.schema import Budget, ChannelGroups, Normalisation, Policy, Score
+from cacp.scoring import PolicyScorer
 from cacp.slicing import slice_model
 from cacp.steps import Recipe
 from cacp.training import EpochRecord
@@ -146,24 +148,65 @@ def test_channels_of_residual_streams_fall(name: str, tmp_path: Path) -> None:
     assert len(policy_of(pruned).keep["stem"]) < stream.channels == 12
 
 
-def test_a_closed_gate_is_a_channel_cut_out() -> None:
-    model = residual_net()
-    groups = trace(model, torch.zeros(1, 1, 8, 8), "all")
-    policy = Policy({"stem": (0, 3, 4, 7, 11), "first.0": (1, 2, 15), "second.0": tuple(range(10))}, "none")
-    images = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(1))
-    before, sliced = model(images), slice_model(model, groups, policy)
+NETWORKS = {
+    "one block": (residual_net, 1, 8),
+    "resnet20": (resnet20, 3, 16),  # shortcuts of option A
+    "resnet18": (lambda: lively(build_model("resnet18", 4, seed=0)), 3, 32),
+    "mobilenet_v3_small": (lambda: lively(build_model("mobilenet_v3_small", 4, seed=0)), 3, 32),  # depthwise, gates
+    "densenet121": (lambda: lively(build_model("densenet121", 4, seed=0)), 3, 32),  # concatenation
+    "cifar_vgg11_bn": (lambda: lively(build_model("cifar_vgg11_bn", 4, seed=0)), 3, 32),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_closed_gate_is_a_channel_cut_out(name: str) -> None:
+    build, channels, size = NETWORKS[name]
+    model = build()
+    images = torch.randn(3, channels, size, size, generator=torch.Generator().manual_seed(1))
+    groups = trace(model, images[:1], "all")
+    policy = random_policy(groups, seed=2)
+    before, sliced = model(images), slice_model(model, groups, policy)(images)
     gates = Gates(model, groups)
     for group in groups.prunable:
         gates.close(group.name, set(range(group.channels)) - set(policy.keep[group.name]))
-    assert gates.kept() == policy.keep
-    torch.testing.assert_close(model(images), sliced(images))
-    model(images).sum().backward()
-    for norm in gates.norms["first.0"]:
-        assert norm.weight.grad is not None
-        assert 15 in (learning := (norm.weight.grad != 0).nonzero().flatten().tolist())
-        assert set(learning) <= {1, 2, 15}
+    assert gates.kept() == dict(policy.keep)
+    scale = sliced.abs().max().clamp_min(1.0)
+    torch.testing.assert_close(model(images) / scale, sliced / scale, atol=1e-5, rtol=0)
+    assert not torch.allclose(before / scale, sliced / scale, atol=1e-3)
     gates.remove()
     assert torch.equal(model(images), before)
+
+
+def test_no_gradient_reaches_a_closed_channel() -> None:
+    model = residual_net()
+    gates = Gates(model, groups := trace(model, torch.zeros(1, 1, 8, 8), "all"))
+    gates.close("first.0", [0, 1, 2, 3])
+    model(torch.randn(5, 1, 8, 8)).square().sum().backward()
+    gradient = model.get_submodule("first.0").weight.grad
+    assert not gradient[:4].any() and gradient[4:].any()
+    assert not model.get_submodule("first.3").weight.grad[:, :4].any()
+    assert groups["first.0"].channels == 16
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_is_cut_out_is_what_was_trained(name: str, tmp_path: Path) -> None:
+    """A scorer of trained weights repairs nothing, and recalibrates batch norm."""
+    asked = subject(tmp_path)
+    pruned = METHODS[name](asked, Budget({"macs": 0.5}))
+    model = residual_net()
+    scorer = PolicyScorer(model, asked.groups, IMAGES, IMAGES, NORMALISATION)
+    dense_score = scorer(policy_of(pruned))
+    assert pruned.weights is not None
+    model.load_state_dict(pruned.weights)
+    trained = scorer.retrained(model)
+    cut = slice_model(model, asked.groups, policy_of(pruned))
+    assert_equal_weights(trained.repaired(policy_of(pruned)).state_dict(), cut.state_dict())
+    score = trained(policy_of(pruned))
+    assert score.cost == dense_score.cost and score.loss != dense_score.loss
+    expected = trained.evaluate(trained.recalibrated(cut))
+    assert score.top1 == pytest.approx(expected.top1, abs=0.012) and score.loss == pytest.approx(
+        expected.loss, rel=1e-3
+    )
 
 
 # CAIE -----------------------------------------------------------------------------------------------------------------
@@ -206,24 +249,37 @@ def test_a_step_takes_the_least_important_for_what_they_cost(tmp_path: Path) -> 
         assert [(one.group, one.channels) for one in taken] == [(group, (channel,)) for _, group, channel in scored[:6]]
 
 
-def test_the_last_step_takes_only_what_is_needed(tmp_path: Path) -> None:
+def test_a_step_ends_when_the_budget_is_met_and_what_fits_comes_back(tmp_path: Path) -> None:
     asked, gates, counts = caie_case(tmp_path)
-    importance = {
-        name: torch.arange(count, dtype=torch.float64)
-        for name, count in zip(asked.cost_model.names, counts, strict=True)
-    }
-    budget = Budget({"macs": 0.8})
-    taken = CAIE(channels_per_step=25).removals(importance, gates, asked.cost_model, budget)
-    left = counts.copy()
-    for removal in taken:
-        left[removal.group] -= len(removal.channels)
+    cost_model, budget = asked.cost_model, Budget({"macs": 0.8})
+    importance = {name: torch.arange(float(count)) for name, count in zip(cost_model.names, counts, strict=True)}
+    taken = CAIE(channels_per_step=25).removals(importance, gates, cost_model, budget)
     assert len(taken) < 25
-    assert meets_targets(asked.cost_model.cost(left), asked.cost_model.dense, budget)
-    for removal in taken:
-        more = left.copy()
-        more[removal.group] += 1
-        used_up = in_window(asked.cost_model.cost(left), asked.cost_model.dense, budget)
-        assert used_up or not meets_targets(asked.cost_model.cost(more), asked.cost_model.dense, budget)
+    gone = {name: torch.zeros(count) for name, count in zip(cost_model.names, counts.tolist(), strict=True)}
+    for place, removal in enumerate(taken):
+        gone[cost_model.names[removal.group]][list(removal.channels)] = 1 + place
+    left = np.array([int((gone[name] == 0).sum()) for name in cost_model.names])
+    assert meets_targets(cost_model.cost(left), cost_model.dense, budget)
+    left[taken[-1].group] += 1
+    assert not meets_targets(cost_model.cost(left), cost_model.dense, budget)  # the last one was needed
+
+    keep = filled_up(gone, cost_model, budget)
+    counts = np.array([len(keep[name]) for name in cost_model.names])
+    assert meets_targets(cost_model.cost(counts), cost_model.dense, budget)
+    if not in_window(cost_model.cost(counts), cost_model.dense, budget):
+        for group in np.flatnonzero(counts < cost_model.channels):
+            more = counts.copy()
+            more[group] += 1
+            assert not meets_targets(cost_model.cost(more), cost_model.dense, budget)
+
+
+def test_what_went_last_comes_back_first(tmp_path: Path) -> None:
+    cost_model = caie_case(tmp_path)[0].cost_model
+    gone = {"stem": torch.zeros(12), "first.0": torch.zeros(16), "second.0": torch.zeros(10)}
+    gone["first.0"][:6] = torch.tensor([3.0, 1.0, 2.0, 5.0, 4.0, 6.0])
+    kept = [12, 12, 10]  # room for two of the six
+    budget = Budget({"macs": cost_model.cost(kept).macs / cost_model.dense.macs})
+    assert filled_up(gone, cost_model, budget)["first.0"] == (3, 5, *range(6, 16))
 
 
 def test_caie_keeps_a_tenth_of_every_group_and_meets_two_targets(tmp_path: Path) -> None:
@@ -275,6 +331,24 @@ def test_a_quantile_of_all_filters_and_a_part_of_groups_below_it() -> None:
     assert ranks.counts(0.999) == least
 
 
+def test_a_linear_layer_over_the_last_axis_has_its_outputs_there() -> None:
+    """As in ConvNeXt: (B, H, W, C)."""
+    torch.manual_seed(0)
+    model = Net(
+        lambda m, x: m.head(m.second(m.first(m.stem(x).permute(0, 2, 3, 1)).relu()).mean((1, 2))),
+        stem=nn.Conv2d(1, 6, 1), first=nn.Linear(6, 20), second=nn.Linear(20, 5), head=nn.Linear(5, 3),
+    )  # fmt: skip
+    groups = trace(model, torch.zeros(1, 1, 8, 8), "all")
+    found = filter_importance(model, groups, batches())
+    assert {name: len(scores) for name, scores in found.items()} == {
+        group.name: group.channels for group in groups.prunable
+    }
+    images = normalise(IMAGES.batch(torch.arange(90)), NORMALISATION)
+    outputs = model.first(model.stem(images).permute(0, 2, 3, 1))  # type: ignore[operator]
+    means = torch.stack([outputs[IMAGES.labels == label].mean(0).abs().mean((0, 1)) for label in range(3)])
+    torch.testing.assert_close(found["first"], means.amax(0), atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("target", [0.3, 0.5, 0.9])
 def test_the_least_quantile_that_meets_a_target(target: float) -> None:
     ranks, _, cost_model = quantile_case()
@@ -289,7 +363,9 @@ def test_a_quantile_prunes_whatever_the_budget(tmp_path: Path) -> None:
     pruned = GFIAP(quantile=0.41)(asked, Budget({"macs": 1.0}))
     ranks = GlobalQuantile(asked.importance("gfi"), asked.cost_model)
     assert tuple(kept(asked, pruned)) == ranks.counts(0.41)
-    assert pruned.details == {"quantile": 0.41, "threshold": ranks.threshold(0.41)}
+    at_minimum = int((kept(asked, pruned) == asked.cost_model.min_keep).sum())
+    threshold = ranks.threshold(0.41)
+    assert pruned.details == {"quantile": 0.41, "threshold": threshold, "groups_at_minimum": at_minimum}
     assert pruned.weights is None
 
 

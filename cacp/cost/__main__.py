@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 
 from cacp.checkpoint import load_json
-from cacp.cost import LayerCost, layer_costs
+from cacp.cost import CostModel, LayerCost, layer_costs
 from cacp.graph import trace
 from cacp.models import CIFAR_NAMES, MODEL_HELP, build_model
 from cacp.pipeline import run_command
 from cacp.reporting import console, millions, percent, table
-from cacp.schema import ChannelGroups, Policy, PolicyRecord
+from cacp.schema import ChannelGroups, Policy, PolicyRecord, UserError
 
 
 def main() -> None:
@@ -33,7 +33,14 @@ def main() -> None:
     groups = trace(model, torch.zeros(1, 3, size, size), record.scope if record else "all")
     if record:
         whole = {group.name: tuple(range(group.channels)) for group in groups.prunable}  # what the run ignored
-        Policy({**whole, **record.policy.keep}, record.policy.criterion).validate(groups)
+        policy = Policy({**whole, **record.policy.keep}, record.policy.criterion)
+        policy.validate(groups)
+        cost = CostModel(groups).cost([policy.counts[group.name] for group in groups.prunable])
+        if cost != record.score.cost:
+            raise UserError(
+                f"{arguments.policy} costs {record.score.cost}, but of this network {cost}; "
+                "give the --model, --classes and --image_size of its run"
+            )
     show(groups, record.policy.counts if record else {}, f"{arguments.model}, images of {size} x {size} pixels")
 
 

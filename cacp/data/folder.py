@@ -212,7 +212,8 @@ def _check_layout(data_dir: Path, layout: Layout) -> tuple[str, ...]:
             continue
         found = _class_names(folder)
         if not found:
-            wrong.append(f"{split}/ has no class folders")
+            flat = "; ImageNet's archive of val/ is flat: sort it into synset folders" if layout is IMAGENET else ""
+            wrong.append(f"{split}/ has no class folders{flat}")
         elif classes and found != classes:
             wrong += [f"{split}/{name}/ is missing" for name in sorted(set(classes) - set(found))]
             wrong += [f"{split}/{name}/ is no class of train/" for name in sorted(set(found) - set(classes))]

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from cacp.graph import SCOPES
 from cacp.methods.caie import CAIE
 from cacp.methods.fpgm import FPGM
 from cacp.methods.gfi_ap import GFIAP
@@ -20,10 +21,11 @@ from cacp.schema import UserError
 
 
 class Entry(NamedTuple):
-    """A method by name: how it is made from its options, and the scope that its source prunes."""
+    """A method by name: how it is made from its options, the scope that its source prunes, and all that it can."""
 
     make: Callable[..., Method]
     scope: str = "inner"
+    scopes: tuple[str, ...] = SCOPES
 
     @property
     def options(self) -> dict[str, Any]:
@@ -39,8 +41,8 @@ METHODS: dict[str, Entry] = {
     "sensitivity": Entry(lambda: sensitivity),
     "caie": Entry(CAIE, scope="all"),
     "gfi_ap": Entry(GFIAP, scope="all"),
-    "sfp": Entry(SFP),
-    "fpgm": Entry(FPGM),
+    "sfp": Entry(SFP, scopes=("inner",)),  # a filter of a stream can be zeroed, but what a shortcut brings stays
+    "fpgm": Entry(FPGM, scopes=("inner",)),
     "magnitude": Entry(lambda: magnitude),
 }
 METHOD_HELP = (

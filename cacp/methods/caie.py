@@ -6,7 +6,8 @@ divided by rho = sum over the costs t of o_t r_t / |o|: r_t is the part of cost 
 the part of it that is still too much, so that a target that is met drops out. Residual streams are pruned as well.
 
 Differences from the released code: costs by the closed form, instead of a network cut anew for every group and step; of
-the last step no more goes than it takes; what it took beyond that comes back, the most important channels first.
+the last step no more goes than it takes, and what it took beyond that comes back, the most important channels first,
+then those that went last before it, as far as they fit; every step draws its mini-batches anew.
 
 Letters: C channels of a group, G prunable groups, T targets.
 """
@@ -26,12 +27,14 @@ from torch import Tensor, nn
 
 from cacp.budget import in_window, meets_targets
 from cacp.cost import CostModel
-from cacp.importance import shared, taylor_change
+from cacp.importance import batch_norms, shared, taylor_change
 from cacp.methods.gates import Gates
 from cacp.methods.subject import Pruned, Subject
 from cacp.schema import COSTS, Budget, Policy
 from cacp.steps import Recipe, Stretch, check_finite, sgd_optimizer, train
 from cacp.training import EpochRecord, FitState
+
+Norms = dict[str, list[nn.BatchNorm2d]]  # those of every prunable group
 
 
 class Removal(NamedTuple):
@@ -56,14 +59,18 @@ class CAIE:
         model = copy.deepcopy(subject.model).to(memory_format=torch.channels_last)
         gates = Gates(model, subject.groups)
         recipe = replace(subject.training.recipe, epochs=1, lr=self.method_lr, schedule="constant")
-        state = FitState(model, sgd_optimizer(model, recipe), [], extras=gates.open)
+        # the step in which each channel went; 0: it is here
+        gone = {name: torch.zeros(len(gate)) for name, gate in gates.open.items()}
+        state = FitState(model, sgd_optimizer(model, recipe), [], extras=gone)
         most = math.ceil(sum(subject.cost_model.channels) / self.channels_per_step)
-        subject.training.track(self._steps(subject, budget, recipe, state, gates), most)
+        norms = batch_norms(model, subject.groups)
+        subject.training.track(self._steps(subject, budget, recipe, state, gates, norms), most)
         gates.remove()
-        return Pruned(Policy(gates.kept(), "taylor"), model.state_dict(), {"steps": len(state.records)})
+        keep = filled_up(state.extras, subject.cost_model, budget)
+        return Pruned(Policy(keep, "taylor"), model.state_dict(), {"steps": len(state.records)})
 
     def _steps(
-        self, subject: Subject, budget: Budget, recipe: Recipe, state: FitState, gates: Gates
+        self, subject: Subject, budget: Budget, recipe: Recipe, state: FitState, gates: Gates, norms: Norms
     ) -> Iterator[EpochRecord]:
         """Train and prune until the budget is met: a record a step, its checkpoint on disk before."""
         training, cost_model = subject.training, subject.cost_model
@@ -75,33 +82,35 @@ class CAIE:
             "train_images": len(training.images),
         }
         state.load(training.folder, settings)
-        for name, gate in gates.open.items():
-            gate.copy_(state.extras[name])
-        state.extras = gates.open
+        for name, steps in state.extras.items():
+            gates.close(name, steps.nonzero().flatten().tolist())
         yield from tuple(state.records)
         while not meets_targets(cost_model.cost(_counts(gates, cost_model)), cost_model.dense, budget):
-            record, importance = self._train(subject, recipe, state, gates)
-            for removal in self.removals(importance, gates, cost_model, budget):
-                gates.close(cost_model.names[removal.group], removal.channels)
+            record, importance = self._train(subject, recipe, state, norms)
             state.records.append(record)
+            removals = self.removals(importance, gates, cost_model, budget)
+            for place, removal in enumerate(removals):
+                name = cost_model.names[removal.group]
+                gates.close(name, removal.channels)
+                state.extras[name][list(removal.channels)] = len(state.records) + place / len(removals)
             state.save(training.folder, settings)
             yield record
 
     def _train(
-        self, subject: Subject, recipe: Recipe, state: FitState, gates: Gates
+        self, subject: Subject, recipe: Recipe, state: FitState, norms: Norms
     ) -> tuple[EpochRecord, dict[str, Tensor]]:
         """The mini-batches of a step, and the Taylor importance (C,) of every group's channels from their gradients."""
         start, training, step = time.perf_counter(), subject.training, len(state.records) + 1
-        sums = {name: torch.zeros_like(gate) for name, gate in gates.open.items()}
+        sums = {name: torch.zeros_like(group[0].weight.detach()) for name, group in norms.items()}
 
         def add_importance() -> None:
-            for name, norms in gates.norms.items():
-                sums[name] += shared(_change(norms), subject.groups[name].block) ** 2
+            for name, group in norms.items():
+                sums[name] += shared(_change(group), subject.groups[name].block) ** 2
 
         batches = self.batches_per_step
         stretch = Stretch(subject.normalisation, recipe, training.seed, step, batches)
         totals = train(state.model, state.optimizer, training.images, stretch, add_importance)
-        check_finite(totals.loss, stretch, state.optimizer)
+        check_finite(totals.loss, state.model, stretch, state.optimizer)
         seconds = time.perf_counter() - start
         speed = batches * min(recipe.batch_size, len(training.images)) / seconds
         record = EpochRecord(step, recipe.lr, totals.loss, totals.top1, None, None, seconds, speed)
@@ -139,7 +148,7 @@ class CAIE:
             counts[removal.group] -= len(removal.channels)
             del weakest[removal.group][: len(removal.channels)]
             if meets_targets(cost_model.cost(counts), cost_model.dense, budget):
-                return _needed(taken, counts, cost_model, budget)
+                break
         return taken
 
 
@@ -159,18 +168,30 @@ def useful_parts(cost_model: CostModel, counts: np.ndarray, budget: Budget) -> n
     return (now - fewer) / now @ excess / np.linalg.norm(excess)
 
 
-def _needed(taken: list[Removal], counts: np.ndarray, cost_model: CostModel, budget: Budget) -> list[Removal]:
-    """The removals of the last step without those that the budget has room for, looking at the last taken first."""
-    needed = list(taken)
-    for removal in reversed(taken):
+def filled_up(gone: dict[str, Tensor], cost_model: CostModel, budget: Budget) -> dict[str, tuple[int, ...]]:
+    """The channels to keep of every group: those that are here, and of the others what the budget still has room for,
+    that which went last first.
+
+    Args:
+        gone: group name -> (C,), when each channel went, 0 for one that is here.
+        cost_model: of the groups.
+        budget: met by what is here.
+    """
+    here = [gone[name] == 0 for name in cost_model.names]
+    counts = np.array([int(gate.sum()) for gate in here])
+    back = sorted(
+        ((step, group) for group, name in enumerate(cost_model.names) for step in set(gone[name].tolist()) - {0.0}),
+        reverse=True,
+    )
+    for step, group in back:
         if in_window(cost_model.cost(counts), cost_model.dense, budget):
             break
+        together = gone[cost_model.names[group]] == step
         more = counts.copy()
-        more[removal.group] += len(removal.channels)
-        if meets_targets(cost_model.cost(more), cost_model.dense, budget):
-            counts = more
-            needed.remove(removal)
-    return needed
+        more[group] += int(together.sum())
+        if more[group] in cost_model.feasible[group] and meets_targets(cost_model.cost(more), cost_model.dense, budget):
+            counts, here[group] = more, here[group] | together
+    return {name: tuple(gate.nonzero().flatten().tolist()) for name, gate in zip(cost_model.names, here, strict=True)}
 
 
 def _change(norms: list[nn.BatchNorm2d]) -> Tensor:

@@ -8,31 +8,33 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from cacp.importance import batch_norms
 from cacp.schema import ChannelGroups
 
 
 class Gates:
-    """A switch for every channel behind the batch norms of its group: a closed one puts out zero.
+    """A switch for every channel of every prunable group, in front of all layers that read it.
 
-    The weights stay as they are, so a channel may be opened again; no gradient reaches those of a closed one.
+    What these read of a closed channel is zero, so it has no say in the outputs and gets no gradient; its own weights
+    stay as they are, and it may be opened again.
 
     Args:
         model: gets forward hooks; `remove` takes them away.
-        groups: of this model; every prunable one needs a batch norm.
+        groups: of this model.
 
     Attributes:
         open: group name -> (C,), 1 for an open channel, 0 for a closed one.
-        norms: group name -> its batch norms.
     """
 
     def __init__(self, model: nn.Module, groups: ChannelGroups) -> None:
-        self.norms = batch_norms(model, groups)
-        self.open = {name: torch.ones_like(norms[0].weight.detach()) for name, norms in self.norms.items()}
+        place = next(model.parameters())
+        every = {group.name: torch.ones(group.channels, device=place.device) for group in groups}
+        self.open = {group.name: every[group.name] for group in groups.prunable}
         self._hooks = [
-            norm.register_forward_hook(partial(_gated, self.open[name]))
-            for name, norms in self.norms.items()
-            for norm in norms
+            model.get_submodule(axis.module).register_forward_pre_hook(
+                partial(_gated, [every[name] for name in axis.segments], axis.repeat)
+            )
+            for axis in groups.axes
+            if axis.role == "in" and not self.open.keys().isdisjoint(axis.segments)
         ]
 
     def close(self, name: str, channels: Iterable[int]) -> None:
@@ -49,6 +51,7 @@ class Gates:
             hook.remove()
 
 
-def _gated(gate: Tensor, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    """Outputs (B, C, H, W) of a batch norm, closed channels zero."""
-    return output * gate.to(output.dtype)[:, None, None]
+def _gated(segments: list[Tensor], repeat: int, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The inputs of a module, those of closed channels zero: (..., C) of a linear layer, (B, C, H, W) of any other."""
+    gate = torch.cat(segments).repeat_interleave(repeat).to(inputs[0].dtype)  # (C,)
+    return (inputs[0] * (gate if isinstance(module, nn.Linear) else gate[:, None, None]), *inputs[1:])

@@ -5,8 +5,9 @@ below it altogether the part p + (1 - p) / 2. Residual streams are pruned as wel
 importance of their filters.
 
 Differences from the released code: one pass over the images for all layers, not one a layer; a macs target takes the
-least quantile that meets it, then takes back the most important channels that still fit; layer-wise retraining at one
-learning rate, not in proportion to the accuracy lost on the test set.
+least quantile that meets it, then takes back the most important channels that still fit; the channels of a stream
+count once in the quantile, not once a convolution; layer-wise retraining at one learning rate, not in proportion to the
+accuracy lost on the test set. With scope all, 0.41 removes twice the MACs that are published for it: results/LOG.md.
 
 Letters: C channels of a group, G prunable groups, F channels of all groups.
 """
@@ -50,7 +51,8 @@ class GFIAP:
         if self.quantile is None:
             counts = filled_up(counts, importance, subject.cost_model, budget)
         policy = counts_policy(subject.groups, counts, channel_orders(importance), "gfi")
-        details = {"quantile": quantile, "threshold": ranks.threshold(quantile)}
+        at_minimum = int((np.array(counts) == subject.cost_model.min_keep).sum())
+        details = {"quantile": quantile, "threshold": ranks.threshold(quantile), "groups_at_minimum": at_minimum}
         weights = self._retrained(subject, policy) if self.method_epochs else None
         return Pruned(policy, weights, details)
 

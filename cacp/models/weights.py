@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from cacp.checkpoint import load_tensors, sha256, write_atomically
 from cacp.schema import Normalisation, UserError
 
-_OTHER_ARCHITECTURE = ("googlenet", "inception_v3")  # published with auxiliary heads and another normalisation
+_FRAME = ([224], [256], Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))  # crop, shorter side
+_OTHER_ARCHITECTURE = ("googlenet", "inception_v3")  # published with auxiliary heads
 SUFFIXES = (".safetensors", ".pt", ".pth", ".th")
 DOWNLOAD_TIMEOUT_S = 30
 _BASE_URL = "https://github.com/akamaster/pytorch_resnet_cifar10/raw/master/pretrained_models/"
@@ -68,6 +69,9 @@ def published_weights_of(model_name: str, dataset: str) -> PublishedWeights | No
         weights = torchvision.models.get_model_weights(model_name)["IMAGENET1K_V1"]
     except (ValueError, KeyError):
         return None
+    frame = weights.transforms()
+    if (frame.crop_size, frame.resize_size, Normalisation(tuple(frame.mean), tuple(frame.std))) != _FRAME:
+        return None  # trained for other images than `load_dataset` makes
     file = weights.url.rsplit("/", 1)[-1]
     top1 = weights.meta["_metrics"]["ImageNet-1K"]["acc@1"] / 100
     checksum = file.rpartition("-")[2].partition(".")[0]
@@ -85,7 +89,7 @@ def fetch_published(model_name: str, dataset: str, folder: str | Path) -> Path:
     if published is None:
         known = ", ".join(f"{model} on {data}" for model, data in PUBLISHED)
         raise UserError(
-            f"weights: published exist for {known}, and for torchvision's models on imagenet, "
+            f"weights: published exist for {known}, and for torchvision's models of 224 pixels on imagenet, "
             f"but got model={model_name!r} on dataset={dataset!r}; "
             "set weights: train, or give the path of a weights file"
         )
