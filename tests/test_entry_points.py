@@ -256,7 +256,7 @@ def test_flags_of_one_kind_of_budget_replace_the_files(tmp_path: Path, monkeypat
     assert budgets("--params=0.6") == ["params-0.60"]
     assert budgets("--macs=0.5", text="targets: [0.3, 0.4]") == ["macs-0.50"]
     assert budgets(text="macs: 0.5\nparams: 0.6") == ["macs-0.50_params-0.60"]
-    assert budgets("--macs=0.4", text="macs: 0.5\nparams: 0.6") == ["macs-0.40_params-0.60"]
+    assert budgets("--macs=0.4", text="macs: 0.5\nparams: 0.6") == ["macs-0.40"]  # left out: no constraint
     assert budgets("--targets", "0.4", text="macs: 0.5\nparams: 0.6") == ["macs-0.40"]
     with pytest.raises(UserError, match="exclude each other"):
         budgets(text="targets: [0.3]\nmacs: 0.5")
