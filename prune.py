@@ -62,12 +62,11 @@ def run_sweep(experiment: Experiment) -> None:
         bench = opened(experiment)
         check_prunable(bench.cost_model)
         bench.importance("gfi")  # once for all, and in nobody's time
+        unbounded = Budget({"macs": 1.0})
         for quantile in waiting:
             method = make_method(experiment.method, {**experiment.method_options, "quantile": quantile})
             start = time.perf_counter()
-            pruned = method(
-                subject_of(experiment, bench, f"quantile-{quantile:g}"), Budget({"macs": 1.0})
-            )  # any budget
+            pruned = method(subject_of(experiment, bench, f"quantile-{quantile:g}"), unbounded)
             seconds = time.perf_counter() - start
             record = save(experiment, bench, pruned, None)
             macs, params = (cost / dense for cost, dense in zip(record.score.cost, bench.cost_model.dense, strict=True))
@@ -131,9 +130,7 @@ def save(experiment: Experiment, bench: Workbench, pruned: Pruned, budget: Budge
     """
     policy = pruned.policy
     if policy is None:
-        raise UserError(
-            f"method {experiment.method} returned no policy; only magnitude, which zeroes weights, has none"
-        )
+        raise UserError(f"method {experiment.method} returned no policy; only magnitude has none")
     policy.validate(bench.groups)
     judge = bench if pruned.weights is None else bench.retrained(pruned.weights)
     score = judge.rescorer(policy)

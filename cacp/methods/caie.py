@@ -89,6 +89,7 @@ class CAIE:
             record, importance = self._train(subject, recipe, state, norms)
             state.records.append(record)
             removals = self.removals(importance, gates, cost_model, budget)
+            assert removals, "a reachable budget is met before all groups are at their minimum"
             for place, removal in enumerate(removals):
                 name = cost_model.names[removal.group]
                 gates.close(name, removal.channels)
