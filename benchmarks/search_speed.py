@@ -125,8 +125,8 @@ def main() -> None:
         )
     load_before = os.getloadavg()
     result = measure(subject_of(experiment), experiment.targets, policies, repeats, experiment.seed)
-    names = ("model", "weights", "dataset", "scope", "criterion")
-    result["settings"] |= {name: getattr(experiment, name) for name in names}
+    names = ("model", "weights", "dataset", "criterion")
+    result["settings"] |= {**{name: getattr(experiment, name) for name in names}, "scope": experiment.pruned_scope}
     result["environment"] = environment(experiment.seed) | {"load_average": [load_before[0], os.getloadavg()[0]]}
     result["environment"]["command"] = [part for word in sys.argv for part in _separated(word)]
     result["environment"]["packages"]["torch-pruning"] = _version("torch-pruning")
