@@ -52,19 +52,19 @@ def parse(command: str, description: str, argv: Sequence[str], run_argument: boo
         Namespace of every Experiment field, plus what `search.py` adds. Use `experiment_from`.
     """
     files = _config_files(argv)
-    _check_files(files)
+    settings = _read_files(files)
     namespace = _parser(command, description, run_argument, []).parse_args(list(argv))
     folder = namespace.get("run") or namespace["output"]
     own_config = Path(folder) / "config.yaml"
     if not namespace.get("config") and folder and own_config.is_file():
         files = [str(own_config)]
-        _check_files(files)
+        settings = _read_files(files)
         namespace = _parser(command, description, run_argument, list(files)).parse_args(list(argv))
-    return _without_what_flags_replace(namespace, command, argv, files)
+    return _without_what_flags_replace(namespace, command, argv, settings)
 
 
 def _without_what_flags_replace(
-    namespace: jsonargparse.Namespace, command: str, argv: Sequence[str], files: Sequence[str]
+    namespace: jsonargparse.Namespace, command: str, argv: Sequence[str], files: Sequence[Mapping[str, Any]]
 ) -> jsonargparse.Namespace:
     """A flag of a budget replaces a file's whole budget, and another method its method's options; search takes none of
     prune's settings from a file.
@@ -76,7 +76,7 @@ def _without_what_flags_replace(
     replaced: set[str] = set()
     if flags.intersection(_BUDGET):
         replaced |= _BUDGET
-    methods = [settings["method"] for path in files if "method" in (settings := _settings(path))]
+    methods = [settings["method"] for settings in files if "method" in settings]
     if "method" in flags and methods and methods[-1] != namespace["method"]:
         replaced |= {*METHOD_OPTIONS, "quantiles"}
     if command == "search":
@@ -85,11 +85,6 @@ def _without_what_flags_replace(
     for key in replaced - flags:
         namespace[key] = defaults[key]
     return namespace
-
-
-def _settings(path: str) -> dict[str, Any]:
-    """What a checked file holds."""
-    return dict(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
 
 
 def _parser(
@@ -169,12 +164,13 @@ def _config_files(argv: Sequence[str]) -> list[str]:
     return paths + [word.partition("=")[2] for word in argv if word.startswith("--config=")]
 
 
-def _check_files(paths: Sequence[str]) -> None:
-    """Refuse a config file that is no mapping of settings, before the parser's less helpful messages.
+def _read_files(paths: Sequence[str]) -> list[dict[str, Any]]:
+    """What config files hold; one that is no mapping of settings is refused before the parser's less helpful messages.
 
     Raises:
         UserError: naming the file, and every list that is given as something else.
     """
+    found = []
     for path in paths:
         try:
             settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -189,6 +185,8 @@ def _check_files(paths: Sequence[str]) -> None:
         ]
         if wrong:
             raise UserError(f"config {path}: " + "; ".join(wrong))
+        found.append(settings)
+    return found
 
 
 def experiment_from(namespace: jsonargparse.Namespace) -> Experiment:

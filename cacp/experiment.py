@@ -28,16 +28,6 @@ from cacp.schema import COSTS, Budget, UserError
 IDENTITY, TRAINING, POLICY, FINETUNE, MACHINE = "identity", "training", "policy", "finetune", "machine"
 LARGEST_SEED = 2**32 - 1
 TARGETS = (0.3, 0.5, 0.7)  # the paper's
-METHOD_OPTIONS = (
-    "method_epochs",
-    "method_lr",
-    "method_schedule",
-    "distance",
-    "norm_share",
-    "constraint_aware",
-    "channels_per_step",
-    "batches_per_step",
-)
 
 
 def _setting(default: Any, stage: str, help: str) -> Any:
@@ -194,6 +184,11 @@ class Experiment:
         return [Budget({"macs": target}) for target in _policy_targets(self)]
 
 
+METHOD_OPTIONS = tuple(  # settings that some of the methods take
+    item.name for item in dataclasses.fields(Experiment) if any(item.name in one.options for one in METHODS.values())
+)
+
+
 def _wrong_choices(experiment: Experiment) -> list[str]:
     choices: dict[str, Sequence[str | None]] = {
         "dataset": DATASETS,
@@ -258,18 +253,16 @@ def _wrong_options(experiment: Experiment) -> list[str]:
     """Options that another method than the chosen one takes, or out of range."""
     if not known_method(experiment.method):
         return []
-    wrong = []
-    own = method_entry(experiment.method).options
+    wrong, entry = [], method_entry(experiment.method)
     for option in METHOD_OPTIONS:
         takers = [name for name, entry in METHODS.items() if option in entry.options]
-        if getattr(experiment, option) is not None and option not in own:
+        if getattr(experiment, option) is not None and option not in entry.options:
             typed = f"{option} (--epochs)" if option == "method_epochs" else option
             wrong.append(
                 f"{typed} is an option of --method {', '.join(takers)}, but method is {experiment.method}; leave it out"
             )
     if experiment.method == "gfi_ap" and experiment.method_lr is not None and not experiment.method_epochs:
         wrong.append("method_lr of gfi_ap is that of its retraining; give method_epochs (--epochs), or leave it out")
-    entry = method_entry(experiment.method)
     if experiment.pruned_scope not in entry.scopes:
         wrong.append(f"scope of {experiment.method} must be {' or '.join(entry.scopes)}, but got {experiment.scope!r}")
     if experiment.method == "magnitude":

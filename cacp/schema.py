@@ -225,6 +225,10 @@ class Policy:
     def counts(self) -> dict[str, int]:
         return {name: len(indices) for name, indices in self.keep.items()}
 
+    def dropped(self, group: ChannelGroup) -> list[int]:
+        """The channels of a group that go, sorted."""
+        return sorted(set(range(group.channels)) - set(self.keep[group.name]))
+
     def validate(self, groups: ChannelGroups) -> None:
         """Check the policy against the groups of a model.
 

@@ -143,7 +143,7 @@ def fit(
     check_batching("images", len(images), recipe.batch_size)
     if validation is not None:
         check_batching("validation", len(validation), recipe.batch_size)
-    resolve_precision(recipe.precision, device_of(model))
+    resolve_precision(recipe.precision, device_of(model))  # refuses now what the first epoch would
     job = _Job(images, validation, normalisation, recipe, seed, after_epoch)
     model.to(memory_format=torch.channels_last)
     state = FitState(model, sgd_optimizer(model, recipe), [])

@@ -244,6 +244,12 @@ def test_broken_images_are_listed_up_to_twenty(folder: Path, memory_limit_bytes:
     assert "delete broken files" in text
 
 
+def test_files_read_on_demand_are_opened_first_at_any_image_size(folder: Path) -> None:
+    (folder / "train" / "ant" / "0.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"ant/0\.png: broken"):
+        load_dataset("imagefolder", "train", folder, image_size=16, memory_limit_bytes=0)
+
+
 def test_a_truncated_image_is_broken(folder: Path) -> None:
     path = folder / "train" / "ant" / "0.png"
     noise = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)

@@ -18,7 +18,7 @@ from cacp.gfi import filter_importance
 from cacp.graph import trace
 from cacp.importance import channel_importance, distances
 from cacp.methods import Pruned, Subject, Training
-from cacp.methods.caie import CAIE, filled_up, useful_parts
+from cacp.methods.caie import CAIE, final_policy, useful_parts
 from cacp.methods.fpgm import FPGM
 from cacp.methods.gates import Gates
 from cacp.methods.gfi_ap import GFIAP, GlobalQuantile
@@ -263,7 +263,7 @@ def test_a_step_ends_when_the_budget_is_met_and_what_fits_comes_back(tmp_path: P
     left[taken[-1].group] += 1
     assert not meets_targets(cost_model.cost(left), cost_model.dense, budget)  # the last one was needed
 
-    keep = filled_up(gone, cost_model, budget)
+    keep = final_policy(gone, asked.groups, cost_model, budget).keep
     counts = np.array([len(keep[name]) for name in cost_model.names])
     assert meets_targets(cost_model.cost(counts), cost_model.dense, budget)
     if not in_window(cost_model.cost(counts), cost_model.dense, budget):
@@ -274,12 +274,13 @@ def test_a_step_ends_when_the_budget_is_met_and_what_fits_comes_back(tmp_path: P
 
 
 def test_what_went_last_comes_back_first(tmp_path: Path) -> None:
-    cost_model = caie_case(tmp_path)[0].cost_model
+    asked = caie_case(tmp_path)[0]
+    cost_model = asked.cost_model
     gone = {"stem": torch.zeros(12), "first.0": torch.zeros(16), "second.0": torch.zeros(10)}
     gone["first.0"][:6] = torch.tensor([3.0, 1.0, 2.0, 5.0, 4.0, 6.0])
     kept = [12, 12, 10]  # room for two of the six
     budget = Budget({"macs": cost_model.cost(kept).macs / cost_model.dense.macs})
-    assert filled_up(gone, cost_model, budget)["first.0"] == (3, 5, *range(6, 16))
+    assert final_policy(gone, asked.groups, cost_model, budget).keep["first.0"] == (3, 5, *range(6, 16))
 
 
 def test_caie_keeps_a_tenth_of_every_group_and_meets_two_targets(tmp_path: Path) -> None:

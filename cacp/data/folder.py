@@ -147,8 +147,7 @@ class _Crops(Dataset[tuple[Tensor, str]]):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             try:
-                with Image.open(self._paths[position]) as opened:
-                    image = opened.convert("RGB")
+                image = _opened(self._paths[position])
             except _BROKEN as error:
                 return torch.zeros(3, *self._size[::-1], dtype=torch.uint8), f"{self._paths[position]}: broken: {error}"
             top, left, height, width = RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3])
@@ -197,7 +196,7 @@ def load_folder(
     images = FileImages(paths, size, frame, workers)
     if len(paths) * 3 * size.width * size.height <= memory_limit_bytes:
         return ImageData(images.batch(torch.arange(len(paths))), labels, classes)
-    if frame is None:
+    if layout is not IMAGENET:  # more than a million files would be opened at every start
         images.check_headers()
     return ImageData(images, labels, classes)
 
@@ -266,11 +265,14 @@ def _header_size(path: Path) -> Size:
 
 def _decode(path: Path, frame: Frame | None) -> np.ndarray:
     """uint8 (H, W, 3)."""
-    with Image.open(path) as opened:
-        image = opened.convert("RGB")
-    if frame is not None:
-        image = _resize_and_crop(image, frame)
-    return np.asarray(image)
+    image = _opened(path)
+    return np.asarray(image if frame is None else _resize_and_crop(image, frame))
+
+
+def _opened(path: Path) -> Image.Image:
+    """A whole image, RGB."""
+    with Image.open(path) as image:
+        return image.convert("RGB")
 
 
 def _resize_and_crop(image: Image.Image, frame: Frame) -> Image.Image:

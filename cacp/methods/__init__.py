@@ -28,11 +28,9 @@ class Entry(NamedTuple):
     scopes: tuple[str, ...] = SCOPES
 
     @property
-    def options(self) -> dict[str, Any]:
-        """Names of the options with their defaults."""
-        if not dataclasses.is_dataclass(self.make):
-            return {}
-        return {item.name: item.default for item in dataclasses.fields(self.make)}
+    def options(self) -> tuple[str, ...]:
+        """Names of the options."""
+        return tuple(item.name for item in dataclasses.fields(self.make)) if dataclasses.is_dataclass(self.make) else ()
 
 
 METHODS: dict[str, Entry] = {

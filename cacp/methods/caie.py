@@ -25,12 +25,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cacp.budget import in_window, meets_targets
+from cacp.budget import meets_targets
 from cacp.cost import CostModel
-from cacp.importance import batch_norms, shared, taylor_change
+from cacp.importance import batch_norms, channel_orders, shared, taylor_change
 from cacp.methods.gates import Gates
 from cacp.methods.subject import Pruned, Subject
-from cacp.schema import COSTS, Budget, Policy
+from cacp.methods.threshold import filled_up
+from cacp.schema import COSTS, Budget, ChannelGroups, Policy
+from cacp.slicing import counts_policy
 from cacp.steps import Recipe, Stretch, check_finite, sgd_optimizer, train
 from cacp.training import EpochRecord, FitState
 
@@ -66,8 +68,8 @@ class CAIE:
         norms = batch_norms(model, subject.groups)
         subject.training.track(self._steps(subject, budget, recipe, state, gates, norms), most)
         gates.remove()
-        keep = filled_up(state.extras, subject.cost_model, budget)
-        return Pruned(Policy(keep, "taylor"), model.state_dict(), {"steps": len(state.records)})
+        policy = final_policy(state.extras, subject.groups, subject.cost_model, budget)
+        return Pruned(policy, model.state_dict(), {"steps": len(state.records)})
 
     def _steps(
         self, subject: Subject, budget: Budget, recipe: Recipe, state: FitState, gates: Gates, norms: Norms
@@ -169,30 +171,18 @@ def useful_parts(cost_model: CostModel, counts: np.ndarray, budget: Budget) -> n
     return (now - fewer) / now @ excess / np.linalg.norm(excess)
 
 
-def filled_up(gone: dict[str, Tensor], cost_model: CostModel, budget: Budget) -> dict[str, tuple[int, ...]]:
-    """The channels to keep of every group: those that are here, and of the others what the budget still has room for,
-    that which went last first.
+def final_policy(gone: dict[str, Tensor], groups: ChannelGroups, cost_model: CostModel, budget: Budget) -> Policy:
+    """The channels that are here, and of the others what the budget still has room for, that which went last first.
 
     Args:
         gone: group name -> (C,), when each channel went, 0 for one that is here.
+        groups: of the network.
         cost_model: of the groups.
         budget: met by what is here.
     """
-    here = [gone[name] == 0 for name in cost_model.names]
-    counts = np.array([int(gate.sum()) for gate in here])
-    back = sorted(
-        ((step, group) for group, name in enumerate(cost_model.names) for step in set(gone[name].tolist()) - {0.0}),
-        reverse=True,
-    )
-    for step, group in back:
-        if in_window(cost_model.cost(counts), cost_model.dense, budget):
-            break
-        together = gone[cost_model.names[group]] == step
-        more = counts.copy()
-        more[group] += int(together.sum())
-        if more[group] in cost_model.feasible[group] and meets_targets(cost_model.cost(more), cost_model.dense, budget):
-            counts, here[group] = more, here[group] | together
-    return {name: tuple(gate.nonzero().flatten().tolist()) for name, gate in zip(cost_model.names, here, strict=True)}
+    last = {name: steps.where(steps > 0, torch.inf) for name, steps in gone.items()}
+    here = tuple(int((gone[name] == 0).sum()) for name in cost_model.names)
+    return counts_policy(groups, filled_up(here, last, cost_model, budget), channel_orders(last), "taylor")
 
 
 def _change(norms: list[nn.BatchNorm2d]) -> Tensor:

@@ -66,7 +66,7 @@ class GFIAP:
         def group_by_group() -> Iterator[EpochRecord]:
             records = fit(model, training.images, None, subject.normalisation, recipe, training.seed, training.folder)
             for name in names:
-                gates.close(name, set(range(subject.groups[name].channels)) - set(policy.keep[name]))
+                gates.close(name, policy.dropped(subject.groups[name]))
                 yield from itertools.islice(records, self.method_epochs)
 
         training.track(group_by_group(), epochs)

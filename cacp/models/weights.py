@@ -22,7 +22,7 @@ from cacp.checkpoint import load_tensors, sha256, write_atomically
 from cacp.schema import Normalisation, UserError
 
 _FRAME = ([224], [256], Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))  # crop, shorter side
-_OTHER_ARCHITECTURE = ("googlenet", "inception_v3")  # published with auxiliary heads
+_AUXILIARY_HEADS = ("googlenet",)  # published with them, built without
 SUFFIXES = (".safetensors", ".pt", ".pth", ".th")
 DOWNLOAD_TIMEOUT_S = 30
 _BASE_URL = "https://github.com/akamaster/pytorch_resnet_cifar10/raw/master/pretrained_models/"
@@ -63,7 +63,7 @@ PUBLISHED: dict[tuple[str, str], PublishedWeights] = {  # (model, dataset)
 
 def published_weights_of(model_name: str, dataset: str) -> PublishedWeights | None:
     """What is published for a model and a data set; None for nothing."""
-    if dataset != "imagenet" or model_name in _OTHER_ARCHITECTURE:
+    if dataset != "imagenet" or model_name in _AUXILIARY_HEADS:
         return PUBLISHED.get((model_name, dataset))
     try:
         weights = torchvision.models.get_model_weights(model_name)["IMAGENET1K_V1"]
