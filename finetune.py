@@ -31,9 +31,9 @@ from cacp.pipeline import (
     training_recipe,
 )
 from cacp.policies import load_policies
+from cacp.recipe import Recipe
 from cacp.reporting import console, millions, percent, table, track_training
 from cacp.schema import UserError
-from cacp.steps import Recipe
 from cacp.sweep import load_sweep, save_sweep
 from cacp.training import EpochRecord, chosen_epoch, fit
 

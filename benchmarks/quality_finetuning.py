@@ -20,7 +20,7 @@ from cacp.checkpoint import load_json
 from cacp.data import ImageData
 from cacp.evaluation import evaluate_data
 from cacp.pipeline import run_command
-from cacp.steps import Recipe
+from cacp.recipe import Recipe
 from cacp.training import fit
 
 

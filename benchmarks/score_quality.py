@@ -32,12 +32,12 @@ from cacp.experiment import Experiment
 from cacp.history import Episode
 from cacp.importance import channel_orders
 from cacp.pipeline import Workbench, build_workbench, environment, load_splits, run_command
+from cacp.recipe import Recipe
 from cacp.repair import Repair
 from cacp.reporting import ProgressLine
 from cacp.schema import Policy
 from cacp.scoring import CALIBRATION_BATCH, EVALUATION_BATCH
 from cacp.slicing import counts_policy, slice_model
-from cacp.steps import Recipe
 from cacp.training import fit
 
 IMAGES = (250, 500, 1000, 2000)  # of the validation images

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from cacp.batchnorm import update_running_statistics, wide_batch_norms
+
 _training = False  # within `as_one`
 _PATIENCE = timedelta(days=7)  # the others wait while the first one scores and writes
 
@@ -121,7 +123,8 @@ def as_one(model: nn.Module) -> Iterator[nn.Module]:
     """A model to train with: its gradients are means over the processes, its batch norms see the whole batch."""
     global _training
     if processes() == 1:
-        yield model
+        with wide_batch_norms(model):
+            yield model
         return
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     for norm in norms:
@@ -161,11 +164,7 @@ def _norm_of_all(norm: _BatchNorm, inputs: Tensor) -> Tensor:
     mean = _Sum.apply(values.sum(others)) / count  # (C,)
     centred = values - mean.view(shape)
     variance = _Sum.apply(centred.square().sum(others)) / count
-    if norm.running_mean is not None and norm.running_var is not None and norm.num_batches_tracked is not None:
-        norm.num_batches_tracked += 1
-        share = norm.momentum if norm.momentum is not None else 1 / float(norm.num_batches_tracked)
-        norm.running_mean.lerp_(mean.detach(), share)
-        norm.running_var.lerp_(variance.detach() * count / (count - 1), share)
+    update_running_statistics(norm, mean.detach(), variance.detach(), count)
     scaled = centred * (variance + norm.eps).rsqrt().view(shape)
     if norm.affine:
         scaled = scaled * norm.weight.view(shape) + norm.bias.view(shape)

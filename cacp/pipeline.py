@@ -38,10 +38,10 @@ from cacp.models import build_model
 from cacp.own import is_own
 from cacp.parallel import following_processes
 from cacp.profiling import Profile
+from cacp.recipe import Recipe
 from cacp.schema import ChannelGroups, Normalisation, Policy, Score, UserError
 from cacp.scoring import CALIBRATION_BATCH, PolicyScorer
 from cacp.slicing import counts_policy
-from cacp.steps import Recipe
 
 GRADIENT_IMAGES = 10_000  # training images of the criterion taylor
 

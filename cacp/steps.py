@@ -1,7 +1,6 @@
 """A stretch of training: mini-batches one after another, on one process or on several.
 
-SGD as CACP fine-tunes (momentum 0.9, weight decay 1e-4, batch 256, no Nesterov). The data order, the augmentation and
-dropout of a stretch are drawn from its seed alone.
+The data order, the augmentation and dropout of a stretch are drawn from its seed alone.
 
 Letters: N images, B batch, C channels, H height, W width.
 """
@@ -17,13 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel
 
 from cacp.data import ImageData, augment, normalise
-from cacp.evaluation import PRECISIONS, autocast, device_of, resolve_precision
+from cacp.evaluation import autocast, device_of, resolve_precision
 from cacp.models.modes import training_flags_kept
 from cacp.parallel import as_one, own_share, process, processes, send_to_others, summed
-from cacp.schedules import SCHEDULE_HELP, is_schedule, learning_rate
+from cacp.recipe import Recipe, sgd_optimizer
+from cacp.schedules import learning_rate
 from cacp.schema import Normalisation, UserError
 
 DIVERGENCE_CHECK_STEPS = 100  # reading the loss waits for the device, so not every step
@@ -31,48 +31,6 @@ DIVERGENCE_CHECK_STEPS = 100  # reading the loss waits for the device, so not ev
 
 class TrainingDiverged(UserError):
     """The loss or the weights became nan or infinite."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How `fit` trains: SGD without Nesterov, random mirroring (`flip`), random shift by up to `padding` pixels, or
-    with `resized_crop` instead of a shift random crops of any size and shape (ImageNet's way).
-
-    Raises:
-        UserError: listing every value that is out of range.
-    """
-
-    epochs: int
-    lr: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    batch_size: int = 256
-    schedule: str = "cosine"
-    padding: int = 4
-    flip: bool = True
-    resized_crop: bool = False
-    precision: str = "auto"
-
-    def __post_init__(self) -> None:
-        rules = {
-            "epochs": (self.epochs >= 1, "at least 1"),
-            "lr": (0 < self.lr < math.inf, "positive"),
-            "momentum": (0 <= self.momentum < 1, "in [0, 1)"),
-            "weight_decay": (0 <= self.weight_decay < math.inf, "0 or more"),
-            "batch_size": (self.batch_size >= 1, "at least 1"),
-            "schedule": (is_schedule(self.schedule), SCHEDULE_HELP),
-            "padding": (self.padding >= 0, "0 or more"),
-            "precision": (self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
-        }
-        wrong = [
-            f"{name} must be {rule}, but got {getattr(self, name)!r}" for name, (met, rule) in rules.items() if not met
-        ]
-        if wrong:
-            raise UserError("; ".join(wrong))
-
-    def steps(self, images: int) -> int:
-        """Mini-batches of a pass over so many images."""
-        return math.ceil(images / self.batch_size)
 
 
 class Totals:
@@ -102,6 +60,24 @@ class Totals:
         return float(self._sums[1] / self._sums[2])
 
 
+@dataclass
+class Learner:
+    """What `train` changes, and the teacher it learns from where the recipe distils: (B, C, H, W) -> (B, classes)."""
+
+    model: nn.Module
+    optimizer: torch.optim.SGD
+    average: AveragedModel | None = None
+    teacher: nn.Module | None = None
+
+    @property
+    def result(self) -> nn.Module:
+        """What is validated and kept: the average, if there is one."""
+        if self.average is None:
+            return self.model
+        module: nn.Module = self.average.module
+        return module
+
+
 @dataclass(frozen=True)
 class Stretch:
     """Mini-batches that are trained on one after another; `number`, from 1, is that of the epoch or a method's step.
@@ -117,8 +93,7 @@ class Stretch:
 
 
 def train(
-    model: nn.Module,
-    optimizer: torch.optim.SGD,
+    learner: Learner,
     images: ImageData,
     stretch: Stretch,
     after_backward: Callable[[], None] | None = None,
@@ -126,8 +101,7 @@ def train(
     """Train a model in place, on all processes; all randomness comes from the stretch's seed and number.
 
     Args:
-        model: classifier, (B, C, H, W) -> (B, classes).
-        optimizer: of its parameters.
+        learner: classifier, (B, C, H, W) -> (B, classes), and what goes with it.
         images: that it is trained on, augmented.
         stretch: of which mini-batches, and how.
         after_backward: called for every mini-batch when the gradients, of the whole batch, are there.
@@ -142,26 +116,21 @@ def train(
             f"batch_size must be at least the number of processes that share a mini-batch ({processes()}), but got "
             f"{stretch.recipe.batch_size}"
         )
-    send_to_others(_follow, (model, optimizer.state_dict(), stretch), images)
-    return _train(model, optimizer, images, stretch, after_backward)
+    send_to_others(_follow, (learner.model, learner.optimizer.state_dict(), learner.teacher, stretch), images)
+    return _train(learner, images, stretch, after_backward)
 
 
-def _follow(work: tuple[nn.Module, dict[str, Any], Stretch], images: ImageData) -> None:
-    """What the other processes do meanwhile; the first one tells of what goes wrong."""
-    model, optimizer_state, stretch = work
+def _follow(work: tuple[nn.Module, dict[str, Any], nn.Module | None, Stretch], images: ImageData) -> None:
+    """What the other processes do meanwhile; the first one tells of what goes wrong, and averages the weights."""
+    model, optimizer_state, teacher, stretch = work
     optimizer = sgd_optimizer(model, stretch.recipe)
     optimizer.load_state_dict(optimizer_state)
     with suppress(UserError):
-        _train(model, optimizer, images, stretch, None)
+        _train(Learner(model, optimizer, teacher=teacher), images, stretch, None)
 
 
-def _train(
-    model: nn.Module,
-    optimizer: torch.optim.SGD,
-    data: ImageData,
-    stretch: Stretch,
-    after_backward: Callable[[], None] | None,
-) -> Totals:
+def _train(learner: Learner, data: ImageData, stretch: Stretch, after_backward: Callable[[], None] | None) -> Totals:
+    model, optimizer = learner.model, learner.optimizer
     device, recipe, seed = device_of(model), stretch.recipe, epoch_seed(stretch.seed, stretch.number)
     totals, dtype = Totals(device), resolve_precision(recipe.precision, device)
     steps = stretch.batches or recipe.steps(len(data))
@@ -170,21 +139,33 @@ def _train(
         model.train()
         for step, (images, labels, whole) in enumerate(itertools.islice(batches, steps)):
             progress = stretch.number - 1 + (step + 0.5) / steps
-            optimizer.param_groups[0]["lr"] = learning_rate(recipe.schedule, recipe.lr, progress, recipe.epochs)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(recipe.schedule, recipe.lr, progress, recipe.epochs)
             model.zero_grad()
             with autocast(device, dtype):
                 logits = network(images)  # (B, classes)
-            loss = F.cross_entropy(logits.float(), labels)
+                taught = _answers(learner.teacher, images)
+            loss = recipe.loss(logits, labels, taught)
             (loss * (len(labels) * processes() / whole)).backward()
             if step == 0 and processes() > 1:
                 _check_all_take_part(model)
             if after_backward is not None:
                 after_backward()
             optimizer.step()
+            if learner.average is not None:
+                learner.average.update_parameters(model)
             totals.add(logits.detach(), labels, loss.detach())
             if (step + 1) % DIVERGENCE_CHECK_STEPS == 0 and not math.isfinite(loss_so_far := totals.of_all().loss):
                 raise diverged(stretch, optimizer, f"the training loss is {loss_so_far}")
     return totals.of_all()
+
+
+def _answers(teacher: nn.Module | None, images: Tensor) -> Tensor | None:
+    """A teacher's logits (B, classes)."""
+    if teacher is None:
+        return None
+    with training_flags_kept(teacher), torch.no_grad():
+        return teacher.eval()(images)
 
 
 def _check_all_take_part(model: nn.Module) -> None:
@@ -248,13 +229,7 @@ def _augmented(
         yield from data.cropped(batches, generator, recipe.flip, own_share)
         return
     for indices in batches:
-        yield own_share(augment(data.batch(indices).to(device), generator, recipe.padding, recipe.flip))
-
-
-def sgd_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
-    """SGD without Nesterov over what is trained."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.SGD(parameters, recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+        yield own_share(augment(data.batch(indices).to(device), generator, recipe.padding, recipe.flip, recipe.erasing))
 
 
 def epoch_seed(seed: int, epoch: int) -> int:

@@ -28,8 +28,9 @@ from torch import Tensor, nn
 from cacp.checkpoint import load_state, pack, save_state, unpack
 from cacp.data import ImageData
 from cacp.evaluation import check_batching, device_of, evaluate_data, resolve_precision
+from cacp.recipe import Recipe, moving_average, sgd_optimizer
 from cacp.schema import Normalisation, UserError
-from cacp.steps import Recipe, Stretch, check_finite, diverged, sgd_optimizer, train
+from cacp.steps import Learner, Stretch, check_finite, diverged, train
 
 
 class EpochRecord(NamedTuple):
@@ -67,18 +68,19 @@ class FitState:
     are tensors of a method that trains.
     """
 
-    model: nn.Module
-    optimizer: torch.optim.SGD
-    records: list[EpochRecord]
+    learner: Learner
+    records: list[EpochRecord] = field(default_factory=list)
     best_weights: dict[str, Tensor] | None = None
     extras: dict[str, Tensor] = field(default_factory=dict)
 
     def save(self, folder: Path, settings: dict[str, Any]) -> None:
         """Write the state, with the settings it belongs to, as one checkpoint."""
+        average = self.learner.average
         state = {
-            "weights": self.model.state_dict(),
+            "weights": self.learner.model.state_dict(),
+            "average": None if average is None else average.state_dict(),
             "best_weights": self.best_weights,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.learner.optimizer.state_dict(),
             "extras": self.extras,
         }
         tensors, structure = pack(state)
@@ -96,12 +98,15 @@ class FitState:
             return
         _check_settings(folder, saved.data["settings"], settings)
         state = unpack(saved.tensors, saved.data["structure"])
-        _check_shapes(folder, state["weights"], self.model.state_dict())
-        self.model.load_state_dict(state["weights"])
+        model, optimizer, average = self.learner.model, self.learner.optimizer, self.learner.average
+        _check_shapes(folder, state["weights"], model.state_dict())
+        model.load_state_dict(state["weights"])
+        if average is not None:
+            average.load_state_dict(state["average"])
         self.best_weights = state["best_weights"]
         self.extras = state.get("extras", {})
-        self.optimizer.load_state_dict(state["optimizer"])
-        for parameter, slots in self.optimizer.state.items():
+        optimizer.load_state_dict(state["optimizer"])
+        for parameter, slots in optimizer.state.items():
             # In the parameter's memory format: a mixture of two may round the update differently in the last bit.
             tensors = {name: slot for name, slot in slots.items() if isinstance(slot, Tensor)}
             slots.update({name: torch.empty_like(parameter).copy_(slot) for name, slot in tensors.items()})
@@ -117,13 +122,14 @@ def fit(
     seed: int,
     checkpoint_dir: Path | None = None,
     after_epoch: Callable[[nn.Module], None] | None = None,
+    teacher: nn.Module | None = None,
 ) -> Iterator[EpochRecord]:
     """Train `model` in place, on its device, and yield a record after every epoch.
 
-    When the iterator is exhausted, the model holds the weights of `chosen_epoch(records)`; while it runs, those of the
-    epoch just yielded. Before a record is yielded the checkpoint of its epoch is on disk. A call that finds a
-    checkpoint of the same recipe and seed yields its records again and goes on, on a CPU bit-equal to a run that was
-    never broken off.
+    When the iterator is exhausted, the model holds the weights of `chosen_epoch(records)`, averaged if the recipe says
+    so; while it runs, those of the epoch just yielded, not averaged. Before a record is yielded the checkpoint of its
+    epoch is on disk. A call that finds a checkpoint of the same recipe and seed yields its records again and goes on,
+    on a CPU bit-equal to a run that was never broken off.
 
     Args:
         model: classifier, (B, C, H, W) -> (B, classes); its memory format becomes channels_last, the fastest measured.
@@ -134,6 +140,7 @@ def fit(
         seed: fixes data order, augmentation and dropout; not the initial weights.
         checkpoint_dir: folder of this run's checkpoint alone; None saves nothing.
         after_epoch: changes the weights after every epoch, before they are validated and saved (soft pruning does).
+        teacher: whose outputs a recipe with distillation compares with; on the model's device, left as it is.
 
     Raises:
         UserError: for an empty data set, a precision that the device does not have, or a checkpoint of another recipe,
@@ -145,8 +152,11 @@ def fit(
         check_batching("validation", len(validation), recipe.batch_size)
     resolve_precision(recipe.precision, device_of(model))  # refuses now what the first epoch would
     job = _Job(images, validation, normalisation, recipe, seed, after_epoch)
+    if (teacher is not None) != (recipe.distillation > 0):
+        raise UserError(f"distillation needs a teacher, and a teacher distillation, but got {recipe.distillation=}")
     model.to(memory_format=torch.channels_last)
-    state = FitState(model, sgd_optimizer(model, recipe), [])
+    learner = Learner(model, sgd_optimizer(model, recipe), moving_average(model, recipe), teacher)
+    state = FitState(learner)
     if checkpoint_dir is not None:
         state.load(checkpoint_dir, job.settings)
     return _epochs(state, job, checkpoint_dir)  # `fit` itself is no generator: its errors are raised by the call
@@ -175,34 +185,34 @@ class _Job:
 
 
 def _epochs(state: FitState, job: _Job, checkpoint_dir: Path | None) -> Iterator[EpochRecord]:
-    model = state.model
+    result = state.learner.result
     yield from tuple(state.records)
     for epoch in range(len(state.records) + 1, job.recipe.epochs + 1):
         state.records.append(_run_epoch(state, job, epoch))
         if job.validation is not None and chosen_epoch(state.records) == epoch:
-            state.best_weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+            state.best_weights = {name: tensor.clone() for name, tensor in result.state_dict().items()}
         if checkpoint_dir is not None:
             state.save(checkpoint_dir, job.settings)
         yield state.records[-1]
-    if state.best_weights is not None:
-        model.load_state_dict(state.best_weights)
+    state.learner.model.load_state_dict(state.best_weights or result.state_dict())
 
 
 def _run_epoch(state: FitState, job: _Job, epoch: int) -> EpochRecord:
     start = time.perf_counter()
     stretch = Stretch(job.normalisation, job.recipe, job.seed, epoch)
-    totals = train(state.model, state.optimizer, job.images, stretch)
+    learner = state.learner
+    totals = train(learner, job.images, stretch)
     loss, top1 = totals.loss, totals.top1  # waits for the device
     train_seconds = time.perf_counter() - start
-    check_finite(loss, state.model, stretch, state.optimizer)
+    check_finite(loss, learner.model, stretch, learner.optimizer)
     if job.after_epoch is not None:
-        job.after_epoch(state.model)
-    scored = None if job.validation is None else evaluate_data(state.model, job.validation, job.normalisation)
+        job.after_epoch(learner.model)
+    scored = None if job.validation is None else evaluate_data(learner.result, job.validation, job.normalisation)
     if scored is not None and not math.isfinite(scored.loss):
-        raise diverged(stretch, state.optimizer, f"the validation loss is {scored.loss}")
+        raise diverged(stretch, learner.optimizer, f"the validation loss is {scored.loss}")
     return EpochRecord(
         epoch=epoch,
-        lr=state.optimizer.param_groups[0]["lr"],
+        lr=learner.optimizer.param_groups[0]["lr"],
         train_loss=loss,
         train_top1=top1,
         validation_top1=None if scored is None else scored.top1,

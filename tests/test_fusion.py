@@ -18,7 +18,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from cacp.evaluation import recalibrate_batchnorm, resolve_precision
 from cacp.fusion import FusedNetwork, Moments, Unfusable, units
-from cacp.fusion.units import mean_and_variance
 from cacp.graph import trace
 from cacp.schema import UserError
 from cacp.slicing import slice_model
@@ -428,42 +427,6 @@ def test_bf16_is_near_fp32(scope: str) -> None:
 
 
 # arithmetic -----------------------------------------------------------------------------------------------------------
-
-FORMATS = {
-    "contiguous": lambda y: y.contiguous(),
-    "channels last": lambda y: y.contiguous(memory_format=torch.channels_last),
-    "transposed": lambda y: y.transpose(2, 3).contiguous().transpose(2, 3),
-    "every other": lambda y: y.repeat_interleave(2, 3)[..., ::2],
-}
-
-
-@pytest.mark.parametrize("layout", FORMATS)
-@pytest.mark.parametrize("shape", [(3, 7, 5), (16, 8, 8)], ids=str)
-@pytest.mark.parametrize("channels", [3, 11, 16, 37, 512, 600])
-def test_mean_and_variance(channels: int, shape: tuple[int, int, int], layout: str) -> None:
-    count, height, width = shape
-    y = 1 + torch.randn(count, channels, height, width, generator=torch.Generator().manual_seed(channels))
-    for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 0.03)):  # bf16: sums of 105 rows are rounded
-        values = FORMATS[layout](y.to(dtype))
-        mean, variance = mean_and_variance(values)
-        assert mean.dtype == variance.dtype == torch.float32
-        exact = torch.var_mean(values.double(), (0, 2, 3), correction=0)
-        assert_near_moments(mean, variance, (exact[1], exact[0]), tolerance)
-
-
-@pytest.mark.parametrize("ratio", [3, 10, 100, 1000])
-def test_variance_next_to_a_large_mean(ratio: float) -> None:
-    y = ratio + torch.randn(64, 8, 16, 16, generator=torch.Generator().manual_seed(0))
-    for dtype in (torch.float32, torch.bfloat16):
-        exact = torch.var_mean(y.to(dtype).double(), (0, 2, 3), correction=0)
-        assert_near_moments(*mean_and_variance(y.to(dtype)), (exact[1], exact[0]), 0.01)
-
-
-def test_mean_and_variance_of_vectors() -> None:
-    y = 1 + torch.randn(11, 8, generator=torch.Generator().manual_seed(0))
-    mean, variance = mean_and_variance(y)
-    torch.testing.assert_close(mean, y.mean(0))
-    torch.testing.assert_close(variance, y.var(0, correction=0))
 
 
 class ElsewhereTensor(Tensor):

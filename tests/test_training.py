@@ -14,9 +14,10 @@ from cacp import steps
 from cacp.checkpoint import load_state
 from cacp.data import ImageData
 from cacp.evaluation import evaluate_data
+from cacp.recipe import Recipe
 from cacp.schedules import learning_rate
 from cacp.schema import Normalisation, UserError
-from cacp.steps import Recipe, TrainingDiverged
+from cacp.steps import TrainingDiverged
 from cacp.training import EpochRecord, chosen_epoch, fit
 
 NORMALISATION = Normalisation((0.5,), (0.25,))

@@ -26,10 +26,10 @@ from cacp.methods.magnitude import magnitude
 from cacp.methods.sfp import SFP
 from cacp.methods.soft import zero_filters
 from cacp.models import build_model
+from cacp.recipe import Recipe
 from cacp.schema import Budget, ChannelGroups, Normalisation, Policy, Score
 from cacp.scoring import PolicyScorer
 from cacp.slicing import slice_model
-from cacp.steps import Recipe
 from cacp.training import EpochRecord
 
 NORMALISATION = Normalisation((0.5,), (0.25,))

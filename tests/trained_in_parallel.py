@@ -20,8 +20,8 @@ from cacp.methods.caie import CAIE
 from cacp.methods.sfp import SFP
 from cacp.models import build_model
 from cacp.parallel import following_processes
+from cacp.recipe import Recipe
 from cacp.schema import Budget
-from cacp.steps import Recipe
 from cacp.training import fit
 
 BATCH = 21  # which two processes cannot halve

@@ -69,14 +69,15 @@ def channel_statistics(data: ImageData) -> Normalisation:
     return Normalisation(tuple(mean.tolist()), tuple(std))
 
 
-def augment(images: Tensor, generator: torch.Generator, padding: int, flip: bool) -> Tensor:
-    """A random crop of every zero-padded image, and a horizontal flip of every second one on average.
+def augment(images: Tensor, generator: torch.Generator, padding: int, flip: bool, erased: int = 0) -> Tensor:
+    """A random crop of every zero-padded image, a horizontal flip of every second one on average, and a black square.
 
     Args:
         images: uint8 (B, C, H, W).
         generator: the only source of randomness; may be on another device than the images.
         padding: pixels on each side; shifts are uniform in [-padding, padding], the same for all channels of an image.
         flip: False where left and right differ in meaning (digits).
+        erased: pixels a side of the square, centred anywhere (cutout; DeVries & Taylor, 2017); 0 for none.
 
     Returns:
         uint8 (B, C, H, W), new memory.
@@ -98,4 +99,12 @@ def augment(images: Tensor, generator: torch.Generator, padding: int, flip: bool
     padded = F.pad(images, (padding,) * 4)  # (B, C, H + 2 padding, W + 2 padding)
     pixels = rows[:, :, None] * padded.shape[3] + columns[:, None, :]  # (B, H, W), places in a flattened channel
     pixels = pixels.to(images.device).view(batch, 1, -1).expand(batch, channels, -1)
-    return padded.reshape(batch, channels, -1).gather(2, pixels).view(batch, channels, height, width)
+    cropped = padded.reshape(batch, channels, -1).gather(2, pixels).view(batch, channels, height, width)
+    if not erased:
+        return cropped
+    centres = torch.rand((2, batch, 1), generator=generator, device=device)
+    below, across = (
+        ((torch.arange(size, device=device) + 0.5 - centre * size).abs() < erased / 2).to(images.device)
+        for size, centre in zip((height, width), centres, strict=True)
+    )  # (B, H), (B, W)
+    return cropped.masked_fill(below[:, None, :, None] & across[:, None, None, :], 0)

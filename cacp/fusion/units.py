@@ -14,13 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from cacp.batchnorm import mean_and_variance
 from cacp.fusion.patterns import Pattern
 
 _DIAGONAL_CHANNELS = 32  # up to here a 1x1 convolution by a diagonal matrix is faster than scale, addition and ReLU
-_ROW_ENTRIES = 512  # of the wide rows that are summed
-_PARTS = 16  # partial sums
-_MANY_SUMS = 64  # that a channel's sum is made of
-_LARGEST_SQUARED_MEAN = 16.0  # in variances: up to here the variance is the mean square minus the squared mean
 
 
 class Moments(NamedTuple):
@@ -170,39 +167,6 @@ def _normalised(y: Tensor, norm: _BatchNorm, residual: Tensor | None, relu: bool
         variance = (inverse.square().reciprocal() - norm.eps).clamp_(min=0)  # inverse: of sqrt(variance + eps)
         result = _finished(result, residual, relu)
     return Moments(mean, variance * unbiased), result
-
-
-def mean_and_variance(y: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of y (B, C, ...) over all but the channels: (C,) float32 each."""
-    channels = y.shape[1]
-    count = y.numel() // channels
-    parts, width = _layout(count, channels)
-    pixels = y.movedim(1, -1)  # (B, ..., C)
-    wide = pixels.reshape(parts, -1, width * channels)  # a view where channels are last in memory
-    # Sums are made in float32 and rounded to y's precision; that cancels where there are many of them.
-    precision = torch.float32 if parts * width < _MANY_SUMS else None
-    sums = torch.stack([wide.sum(1, dtype=precision), wide.square().sum(1, dtype=precision)])  # (2, P, width * C)
-    mean, square = sums.view(2, parts * width, channels).sum(1, dtype=torch.float32).div_(count)
-    variance = torch.addcmul(square, mean, mean, value=-1)
-    if float(torch.addcmul(variance, mean, mean, value=-1 / _LARGEST_SQUARED_MEAN).min()) < 0:
-        # The difference has lost too many digits.
-        variance, mean = torch.var_mean(pixels.reshape(-1, channels).float(), 0, correction=0)
-    return mean, variance
-
-
-@cache
-def _layout(count: int, channels: int) -> tuple[int, int]:
-    """Into how many parts to divide `count` pixels, and how many to put side by side: sums of short rows are slow."""
-    width = _power_of_two(count, _ROW_ENTRIES // channels)
-    return _power_of_two(count // width, _PARTS), width
-
-
-def _power_of_two(number: int, limit: int) -> int:
-    """The largest power of two that divides a number and is at most `limit`; at least 1."""
-    power = 1
-    while number % (2 * power) == 0 and 2 * power <= limit:
-        power *= 2
-    return power
 
 
 @cache

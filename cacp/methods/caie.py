@@ -31,9 +31,10 @@ from cacp.importance import batch_norms, channel_orders, shared, taylor_change
 from cacp.methods.gates import Gates
 from cacp.methods.subject import Pruned, Subject
 from cacp.methods.threshold import filled_up
+from cacp.recipe import Recipe, sgd_optimizer
 from cacp.schema import COSTS, Budget, ChannelGroups, Policy
 from cacp.slicing import counts_policy
-from cacp.steps import Recipe, Stretch, check_finite, sgd_optimizer, train
+from cacp.steps import Learner, Stretch, check_finite, train
 from cacp.training import EpochRecord, FitState
 
 Norms = dict[str, list[nn.BatchNorm2d]]  # those of every prunable group
@@ -63,7 +64,7 @@ class CAIE:
         recipe = replace(subject.training.recipe, epochs=1, lr=self.method_lr, schedule="constant")
         # the step in which each channel went; 0: it is here
         gone = {name: torch.zeros(len(gate)) for name, gate in gates.open.items()}
-        state = FitState(model, sgd_optimizer(model, recipe), [], extras=gone)
+        state = FitState(Learner(model, sgd_optimizer(model, recipe)), extras=gone)
         most = math.ceil(sum(subject.cost_model.channels) / self.channels_per_step)
         norms = batch_norms(model, subject.groups)
         subject.training.track(self._steps(subject, budget, recipe, state, gates, norms), most)
@@ -112,8 +113,8 @@ class CAIE:
 
         batches = self.batches_per_step
         stretch = Stretch(subject.normalisation, recipe, training.seed, step, batches)
-        totals = train(state.model, state.optimizer, training.images, stretch, add_importance)
-        check_finite(totals.loss, state.model, stretch, state.optimizer)
+        totals = train(state.learner, training.images, stretch, add_importance)
+        check_finite(totals.loss, state.learner.model, stretch, state.learner.optimizer)
         seconds = time.perf_counter() - start
         speed = batches * min(recipe.batch_size, len(training.images)) / seconds
         record = EpochRecord(step, recipe.lr, totals.loss, totals.top1, None, None, seconds, speed)

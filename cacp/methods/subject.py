@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from cacp.cost import CostModel
 from cacp.data import ImageData
+from cacp.recipe import Recipe
 from cacp.schema import Budget, ChannelGroups, Normalisation, Policy, Score
-from cacp.steps import Recipe
 from cacp.training import EpochRecord
 
 

@@ -1,0 +1,195 @@
+"""Images a second of fine-tuning: ours against a plain PyTorch loop and torchvision's reference recipe, in turn.
+
+    python -m benchmarks.finetuning_speed RUN [--policy macs-0.50] [--images 5120] [--rounds 5] [--result FILE]
+
+All train the same exported model of RUN, in mini-batches of the run's size, one pass over the same images a round.
+
+- plain: what most tutorials have: torchvision's transforms image by image in a DataLoader, fp32, SGD.
+- plain, in this process: the same with num_workers=0; whichever is faster is the plain loop.
+- torchvision: its reference recipe for classification (TrivialAugment, random erasing, MixUp or CutMix, label
+  smoothing, an average of the weights every 32 steps, loss and accuracy read in every step), in crops of this size.
+"""
+
+import argparse
+import copy
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, Dataset, default_collate
+from torchvision import transforms
+from torchvision.transforms import v2
+
+from benchmarks.speed_summary import spread
+from benchmarks.summarise import portable
+from cacp.checkpoint import save_json
+from cacp.config import experiment_from, parse
+from cacp.data import ImageData
+from cacp.dense import load_dense
+from cacp.evaluation import synchroniser
+from cacp.pipeline import environment, load_exported, load_splits, run_command, select_device, training_recipe
+from cacp.recipe import Recipe
+from cacp.schema import Normalisation
+from cacp.training import fit
+
+OURS = "ours"
+Round = Callable[[], float]  # trains one pass; images a second
+
+
+def main() -> None:
+    arguments = _parser().parse_args()
+    experiment = experiment_from(parse("finetune", "", [str(arguments.run)], run_argument=True))
+    device, splits = select_device(experiment.device), load_splits(experiment)
+    normalisation = load_dense(experiment, splits, device).normalisation
+    model = load_exported(experiment, arguments.run / "export" / arguments.policy).to(device).train()
+    images = splits.train.subset(torch.arange(min(arguments.images, len(splits.train))))
+    recipe = training_recipe(experiment, 1, experiment.finetune_lr, experiment.finetune_schedule)
+    systems: dict[str, Round] = {
+        OURS: lambda: ours(copy.deepcopy(model), images, normalisation, recipe),
+        f"{OURS}, fp32": lambda: ours(copy.deepcopy(model), images, normalisation, _fp32(recipe)),
+        "plain": lambda: plain(copy.deepcopy(model), images, normalisation, recipe, workers=2),
+        "plain, in this process": lambda: plain(copy.deepcopy(model), images, normalisation, recipe, workers=0),
+        "torchvision": lambda: reference(copy.deepcopy(model), images, normalisation, recipe, workers=2),
+    }
+    speeds: dict[str, list[float]] = {name: [] for name in systems}
+    for number in range(arguments.rounds + 1):  # the first warms up
+        for name, run in systems.items():
+            speed = run()
+            if number:
+                speeds[name].append(speed)
+            print(number, name, f"{speed:.0f} images/s", flush=True)
+    result = {
+        "images_per_second": {name: spread(values) for name, values in speeds.items()},
+        "times_as_fast": {
+            name: spread([mine / theirs for mine, theirs in zip(speeds[OURS], values, strict=True)])
+            for name, values in speeds.items()
+        },
+        "images": len(images),
+        "policy": arguments.policy,
+        "batch_size": recipe.batch_size,
+        "rounds": arguments.rounds,
+        "environment": environment(experiment.seed),
+    }
+    print({name: round(statistics.median(values)) for name, values in speeds.items()})
+    if arguments.result:
+        save_json(arguments.result, portable(result))
+
+
+def ours(model: nn.Module, images: ImageData, normalisation: Normalisation, recipe: Recipe) -> float:
+    (record,) = fit(model, images, None, normalisation, recipe, 0)
+    return record.images_per_second
+
+
+def plain(model: nn.Module, images: ImageData, normalisation: Normalisation, recipe: Recipe, workers: int) -> float:
+    steps = [transforms.RandomCrop(images.image_shape[1:], padding=recipe.padding), transforms.RandomHorizontalFlip()]
+    steps += [transforms.ToTensor(), transforms.Normalize(*normalisation)]
+    loader = _loader(images, transforms.Compose(steps), recipe, workers)
+    optimizer = torch.optim.SGD(model.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay)
+    criterion, device = nn.CrossEntropyLoss(), next(model.parameters()).device
+
+    def train() -> None:
+        for batch, labels in loader:
+            loss = criterion(model(batch.to(device)), labels.to(device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    return _images_per_second(train, len(images), device)
+
+
+def reference(model: nn.Module, images: ImageData, normalisation: Normalisation, recipe: Recipe, workers: int) -> float:
+    size, classes = images.image_shape[1:], len(images.classes)
+    steps = [
+        transforms.RandomResizedCrop(size),
+        transforms.RandomHorizontalFlip(),
+        transforms.TrivialAugmentWide(),
+        transforms.PILToTensor(),
+        transforms.ConvertImageDtype(torch.float),
+        transforms.Normalize(*normalisation),
+        transforms.RandomErasing(p=0.1),
+    ]
+    mix = v2.RandomChoice([v2.MixUp(alpha=0.2, num_classes=classes), v2.CutMix(alpha=1.0, num_classes=classes)])
+    loader = _loader(images, transforms.Compose(steps), recipe, workers, lambda items: mix(*default_collate(items)))
+    optimizer = torch.optim.SGD(model.parameters(), recipe.lr, recipe.momentum, weight_decay=2e-5)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99998), use_buffers=True)
+    criterion, device = nn.CrossEntropyLoss(label_smoothing=0.1), next(model.parameters()).device
+
+    def train() -> None:
+        for step, (batch, targets) in enumerate(loader):
+            wanted = targets.to(device)
+            outputs = model(batch.to(device))
+            loss = criterion(outputs, wanted)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if step % 32 == 0:
+                average.update_parameters(model)
+            outputs.topk(5)[1].eq(wanted.argmax(1, keepdim=True)).sum().item()
+            loss.item()
+
+    return _images_per_second(train, len(images), device)
+
+
+def _images_per_second(train: Callable[[], None], images: int, device: torch.device) -> float:
+    synchronise = synchroniser(device)
+    synchronise()
+    start = time.perf_counter()
+    train()
+    synchronise()
+    return images / (time.perf_counter() - start)
+
+
+class _Pictures(Dataset[tuple[Tensor, int]]):
+    """Images and labels as torchvision's data sets in memory give them."""
+
+    def __init__(self, data: ImageData, transform: Callable[[Image.Image], Tensor]) -> None:
+        self._pixels = data.batch(torch.arange(len(data))).permute(0, 2, 3, 1).numpy()  # (N, H, W, C)
+        self._labels, self._transform = data.labels.tolist(), transform
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, position: int) -> tuple[Tensor, int]:
+        return self._transform(Image.fromarray(self._pixels[position])), self._labels[position]
+
+
+def _loader(
+    images: ImageData,
+    transform: Callable[[Image.Image], Tensor],
+    recipe: Recipe,
+    workers: int,
+    collate: Callable[[list[Any]], Any] = default_collate,
+) -> Iterable[tuple[Tensor, Tensor]]:
+    pinned = torch.cuda.is_available()
+    return DataLoader(
+        _Pictures(images, transform),
+        recipe.batch_size,
+        True,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=pinned,
+    )
+
+
+def _fp32(recipe: Recipe) -> Recipe:
+    return Recipe(**{**vars(recipe), "precision": "fp32"})
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="run folder with dense/ and export/")
+    parser.add_argument("--policy", default="macs-0.50", help="folder in export/")
+    parser.add_argument("--images", type=int, default=5120, help="in a pass")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--result", type=Path, help="JSON file")
+    return parser
+
+
+if __name__ == "__main__":
+    run_command(main)
