@@ -2,8 +2,11 @@
 
 import csv
 import json
+import random
 import re
+import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Sized
@@ -132,6 +135,33 @@ def test_killed_search_goes_on_to_the_same_end(finished: Path, tmp_path: Path) -
         assert (folder / "policies" / f"{name}.json").read_text() == (
             finished / "policies" / f"{name}.json"
         ).read_text()
+
+
+@pytest.mark.slow
+def test_fine_tuning_killed_again_and_again_ends_with_the_same_weights(finished: Path, tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for folder in (whole, broken):
+        shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("finetune", "search"))
+    run("finetune", whole, "--epochs=6")
+    kills, moments = 0, random.Random(0)
+    while True:
+        process = start("finetune", broken, "--epochs=6")
+        try:
+            out, err = process.communicate(timeout=moments.uniform(4, 9))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            kills += 1
+            continue
+        assert process.returncode == 0, out + err
+        break
+    assert kills >= 3
+    for name in ("macs-0.30", "macs-0.50", "macs-0.70"):
+        weights = [(folder / "finetune" / name / "model.safetensors").read_bytes() for folder in (whole, broken)]
+        assert weights[0] == weights[1]
+        results = [json.loads((folder / "finetune" / name / "result.json").read_text()) for folder in (whole, broken)]
+        assert results[0]["test_top1"] == results[1]["test_top1"]
+        assert results[0]["epochs"] == results[1]["epochs"] == 6
 
 
 @pytest.mark.parametrize("method", ["uniform", "taylor"])

@@ -1,0 +1,182 @@
+"""What fine-tuning recovers: pruned models of several systems and the dense one, trained further alike.
+
+    python -m benchmarks.recovery RUN --uniform RUN --work FOLDER [--models NAME ...] [--targets 0.5 0.3] \
+        [--epochs 10] [--seeds 0 1] [--result results/recovery.json]
+
+RUN holds a search, exported, and the dense model; the run of --uniform was pruned from the same weights. The recipe is
+RUN's, but for --epochs. A cell is a model, a target and a seed: a JSON file in FOLDER, skipped when it is there; one
+that was broken off goes on after its last epoch. The test images judge, once a cell.
+
+- ours, uniform: as export.py wrote them, repaired and recalibrated.
+- tp-l1, tp-group-norm: Torch-Pruning's global pruning (MagnitudeImportance p 1, GroupMagnitudeImportance p 2),
+  in 400 steps until the target is met; inside blocks, since it cannot follow ResNet's zero-padded shortcuts.
+- scratch: the architecture of ours, with new weights.
+- dense: the unpruned model, trained further as long.
+"""
+
+import argparse
+import copy
+import itertools
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from benchmarks.summarise import portable
+from cacp.checkpoint import load_json, save_json
+from cacp.config import experiment_from, parse
+from cacp.cost import counted_cost
+from cacp.data import ImageData, Splits
+from cacp.dense import DenseModel, load_dense
+from cacp.evaluation import evaluate_data
+from cacp.experiment import Experiment
+from cacp.graph import trace
+from cacp.pipeline import (
+    environment,
+    load_exported,
+    load_images,
+    load_splits,
+    run_command,
+    select_device,
+    training_recipe,
+)
+from cacp.recipe import Recipe
+from cacp.steps import seeded
+from cacp.training import fit
+
+TP_STEPS = 400
+
+
+class Subject(NamedTuple):
+    """What all cells share."""
+
+    experiment: Experiment
+    uniform: Path
+    dense: DenseModel
+    splits: Splits
+    test: ImageData
+    recipe: Recipe
+
+
+def main() -> None:
+    arguments = _parser().parse_args()
+    subject = _subject(arguments)
+    cells = []
+    for seed, target, name in itertools.product(arguments.seeds, arguments.targets, arguments.models):
+        path = arguments.work / f"{name}_{target:.2f}_{arguments.epochs}_{seed}.json"
+        if name == "dense" and target != arguments.targets[0]:
+            continue
+        if not path.is_file():
+            found = recovered(subject, name, target, seed, arguments.work / "checkpoints" / path.stem)
+            save_json(path, {"model": name, "target": target, "seed": seed, **found})
+        cells.append(load_json(path))
+        tops = [cells[-1][part]["top1"] for part in ("before", "after")]
+        print(path.stem, " -> ".join(f"{100 * top1:.2f} %" for top1 in tops), flush=True)
+    if arguments.result:
+        dense = evaluate_data(subject.dense.model, subject.test, subject.dense.normalisation)
+        result = {"recipe": asdict(subject.recipe), "dense": dense._asdict(), "cells": cells}
+        save_json(arguments.result, portable({**result, "environment": environment(subject.experiment.seed)}))
+
+
+def recovered(subject: Subject, name: str, target: float, seed: int, checkpoint: Path) -> dict[str, Any]:
+    """Train one of MODELS, and judge it before and after."""
+    dense, splits = subject.dense, subject.splits
+    model = MODELS[name](subject, target, seed).to(dense.example.device)
+    before = evaluate_data(model, subject.test, dense.normalisation)
+    cost = counted_cost(model, dense.image_shape)
+    teacher = dense.model if subject.recipe.distillation else None
+    images, recipe = splits.train, subject.recipe
+    records = list(fit(model, images, None, dense.normalisation, recipe, seed, checkpoint, teacher=teacher))
+    return {
+        "before": before._asdict(),
+        "after": evaluate_data(model, subject.test, dense.normalisation)._asdict(),
+        "cost": cost._asdict(),
+        "epochs": len(records),
+        "seconds": sum(record.seconds for record in records),
+        "environment": environment(seed),
+    }
+
+
+def ours(subject: Subject, target: float, seed: int) -> nn.Module:
+    return load_exported(subject.experiment, subject.experiment.folder / "export" / f"macs-{target:.2f}")
+
+
+def uniform(subject: Subject, target: float, seed: int) -> nn.Module:
+    return load_exported(subject.experiment, subject.uniform / "export" / f"macs-{target:.2f}")
+
+
+def torch_pruned(subject: Subject, target: float, group_norm: bool) -> nn.Module:
+    """Torch-Pruning's global magnitude pruning of what our scope `inner` prunes."""
+    import torch_pruning
+
+    model, example = copy.deepcopy(subject.dense.model), subject.dense.example
+    importance = torch_pruning.importance
+    pruned = {producer for group in trace(model, example, "inner").prunable for producer in group.producers}
+    pruner = torch_pruning.pruner.MagnitudePruner(
+        model,
+        example,
+        importance.GroupMagnitudeImportance(p=2) if group_norm else importance.MagnitudeImportance(p=1),
+        global_pruning=True,
+        pruning_ratio=1.0,
+        iterative_steps=TP_STEPS,
+        ignored_layers=[
+            module
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Conv2d | nn.Linear) and name not in pruned
+        ],
+    )
+    limit = target * counted_cost(model, subject.dense.image_shape).macs
+    while counted_cost(model, subject.dense.image_shape).macs > limit:
+        pruner.step()
+    return model
+
+
+def scratch(subject: Subject, target: float, seed: int) -> nn.Module:
+    model = ours(subject, target, seed)
+    with seeded(seed, torch.device("cpu")):
+        for module in model.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(module.weight)  # as the dense models of this project
+    return model
+
+
+MODELS: dict[str, Callable[[Subject, float, int], nn.Module]] = {
+    "ours": ours,
+    "uniform": uniform,
+    "tp-l1": lambda subject, target, seed: torch_pruned(subject, target, group_norm=False),
+    "tp-group-norm": lambda subject, target, seed: torch_pruned(subject, target, group_norm=True),
+    "scratch": scratch,
+    "dense": lambda subject, target, seed: copy.deepcopy(subject.dense.model),
+}
+
+
+def _subject(arguments: argparse.Namespace) -> Subject:
+    experiment = experiment_from(parse("finetune", "", [str(arguments.run)], run_argument=True))
+    splits = load_splits(experiment)
+    dense = load_dense(experiment, splits, select_device(experiment.device))
+    test = load_images(experiment, "test")
+    assert test is not None
+    recipe = training_recipe(experiment, arguments.epochs, experiment.finetune_lr, experiment.finetune_schedule)
+    return Subject(experiment, arguments.uniform, dense, splits, test, recipe)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="run folder with dense/ and export/")
+    parser.add_argument("--uniform", type=Path, required=True, help="run folder of the uniform policies, exported")
+    parser.add_argument("--work", type=Path, required=True, help="folder of a file a cell")
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--targets", nargs="+", type=float, default=[0.5, 0.3])
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--result", type=Path, help="JSON file for all cells")
+    return parser
+
+
+if __name__ == "__main__":
+    run_command(main)
