@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # All that is measured on a GPU, on a machine that has only torch and torchvision: bash benchmarks/gpu.sh [RESULTS]
 # Needs the folder travel/ that benchmarks/pack.sh makes. Writes RESULTS (default: results/gpu): the GPU tests, a complete
-# search of 900 episodes over three targets, the speed of scoring, the growth of a search's cost. What is there already
-# is skipped, so a second call goes on behind the last step that was finished. POLICIES and EPISODES make it smaller.
+# search of 900 episodes over three targets, the speed of scoring and of fine-tuning, the growth of a search's cost. What
+# is there already is skipped, so a second call goes on behind the last step that was finished. POLICIES and EPISODES
+# make it smaller. RESULTS/run is the search; `python3 finetune.py RESULTS/run` trains what it found.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 results=${1:-results/gpu}
@@ -34,7 +35,11 @@ step() { # NAME COMMAND...: runs the command, which writes RESULTS/NAME.json, un
 if ! python3 -m pytest -q -m gpu tests 2>&1 | tee "$results/tests.log"; then
     failed=1
 fi
-step whole_search python3 -m benchmarks.whole_search --result "$results/whole_search.json" "${settings[@]}" --output "$work/run"
+step whole_search python3 -m benchmarks.whole_search --result "$results/whole_search.json" "${settings[@]}" --output "$results/run"
 step search_speed python3 -m benchmarks.search_speed --result "$results/search_speed.json" "${settings[@]}" --policies "${POLICIES:-100}"
+if [ -d "$results/run/policies" ]; then
+    python3 export.py "$results/run"
+    step finetuning_speed python3 -m benchmarks.finetuning_speed "$results/run" --images 40000 --result "$results/finetuning_speed.json"
+fi
 step scaling python3 -m benchmarks.scaling --result "$results/scaling.json" --figure "$results/scaling.svg"
 exit "$failed"

@@ -1,0 +1,71 @@
+"""The benchmarks of fine-tuning, on the tiny run: what they train, what they skip, what they read."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from benchmarks import finetuning_speed, recipes, recovery
+from cacp.checkpoint import load_json
+from cacp.data import load_dataset
+
+
+def result_of(benchmark: ModuleType, path: Path, monkeypatch: pytest.MonkeyPatch, *words: object) -> dict[str, Any]:
+    monkeypatch.setattr(sys, "argv", [benchmark.__name__, *map(str, words), "--result", str(path)])
+    benchmark.main()
+    assert '"/' not in path.read_text()
+    return load_json(path)
+
+
+def test_recipes_are_judged_on_held_out_images_and_never_trained_twice(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variants = ["base", "ema-0.99", "distillation-0.5"]
+    words = [finished, "--work", tmp_path, "--policies", "macs-0.50", "--epochs", 2, "--variants", *variants]
+    monkeypatch.setattr("cacp.pipeline.load_images", only_training_images)
+    result = result_of(recipes, tmp_path / "recipes.json", monkeypatch, *words)
+    assert [cell["variant"] for cell in result["cells"]] == variants
+    assert len({cell["loss"] for cell in result["cells"]}) == 3
+    assert [cell["recipe"]["distillation"] for cell in result["cells"]] == [0.0, 0.0, 0.5]
+    assert all(cell["recipe"]["epochs"] == 2 and 0.1 < cell["top1"] < 1 for cell in result["cells"])
+    monkeypatch.setattr(recipes, "trained", None)
+    again = result_of(recipes, tmp_path / "again.json", monkeypatch, *words)
+    assert again["cells"] == result["cells"]
+
+
+def only_training_images(experiment: Any, split: str) -> Any:
+    assert split != "test"
+    return load_dataset("digits", split, "unused")
+
+
+def test_recovery_compares_models_of_equal_cost_and_the_dense_one(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torch_pruning")
+    words = [finished, "--uniform", finished, "--work", tmp_path, "--epochs", 1, "--seeds", 0]
+    result = result_of(recovery, tmp_path / "recovery.json", monkeypatch, *words)
+    cells = {(cell["model"], cell["target"]): cell for cell in result["cells"]}
+    assert len(cells) == 5 * 2 + 1  # the dense model once
+    dense = cells["dense", 0.5]
+    assert dense["before"] == result["dense"]
+    for (name, target), cell in cells.items():
+        if name != "dense":
+            assert 0.9 * target < cell["cost"]["macs"] / dense["cost"]["macs"] <= target, name
+    assert cells["scratch", 0.5]["cost"] == cells["ours", 0.5]["cost"]
+    assert cells["scratch", 0.5]["before"]["top1"] < 0.3 < cells["ours", 0.5]["before"]["top1"]
+    assert cells["tp-l1", 0.3]["cost"] != cells["tp-group-norm", 0.3]["cost"]
+
+
+def test_speed_is_of_the_same_images_for_all(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [finished, "--images", 300, "--rounds", 1]
+    result = result_of(finetuning_speed, tmp_path / "speed.json", monkeypatch, *words)
+    speeds = result["images_per_second"]
+    assert list(speeds) == ["ours", "ours, fp32", "plain", "plain, in this process", "torchvision"]
+    for name, speed in speeds.items():
+        ratio = speeds["ours"]["median"] / speed["median"]
+        assert result["times_as_fast"][name]["median"] == pytest.approx(ratio, rel=1e-6)
+    assert (result["images"], result["batch_size"]) == (300, 64)
