@@ -16,7 +16,7 @@ from cacp.checkpoint import load_state, load_tensors, save_json, save_tensors
 from cacp.config import experiment_from, parse
 from cacp.evaluation import synchroniser
 from cacp.experiment import Experiment
-from cacp.history import Candidate, History, tradeoff
+from cacp.history import Candidate, History
 from cacp.pipeline import (
     Ranked,
     Workbench,
@@ -26,20 +26,19 @@ from cacp.pipeline import (
     run_command,
     select_device,
 )
-from cacp.policies import missing_policies, save_policy
+from cacp.policies import load_policies, missing_policies, save_policy
 from cacp.profiling import Profile
-from cacp.records import play
+from cacp.records import play, write_tradeoff
 from cacp.reporting import (
     console,
     millions,
     percent,
-    save_tradeoff,
     show_policies,
     show_profile,
     table,
 )
 from cacp.reward import log_odds_reward
-from cacp.schema import Budget, PolicyRecord, UserError
+from cacp.schema import Budget, Cost, PolicyRecord, UserError
 from envs import ChannelPruningEnv, EpisodeResult, TargetRange
 
 RESCORED = 10  # best policies of a target that are scored again: maxima over noisy scores are biased
@@ -50,7 +49,7 @@ def main() -> None:
     experiment = experiment_from(namespace)
     if experiment.quantiles:
         raise UserError("quantiles are for prune.py --method gfi_ap; give search.py --targets, or --macs and --params")
-    if experiment.agent == "cacp" and experiment.warmup_episodes >= experiment.episodes:
+    if namespace.ask is None and experiment.agent == "cacp" and experiment.warmup_episodes >= experiment.episodes:
         raise UserError(
             f"warmup_episodes must be below episodes ({experiment.episodes}), so that the agent acts, "
             f"but got {experiment.warmup_episodes}; lower it, or use --agent random"
@@ -105,8 +104,7 @@ def search(experiment: Experiment, ranked: Ranked, budgets: list[Budget], profil
             save_tensors(folder / "agent" / "networks.safetensors", agent.policy_state())
         found = [candidates_of(experiment, history, budget, env, agent) for budget in budgets]
         planned = [one for candidates in found for one in candidates if not one.episode]
-        front = tradeoff([*(episode.candidate for episode in history.episodes), *planned])
-        save_tradeoff(folder, front, bench.cost_model.dense)
+        write_tradeoff(experiment.folder, history, planned, bench.cost_model.dense)
         for budget, candidates in zip(budgets, found, strict=True):
             save_policy(experiment.folder, best_record(experiment, ranked, budget, candidates))
 
@@ -172,21 +170,20 @@ def ask(experiment: Experiment, target: float, profile: Profile) -> None:
     A policy that is there already is shown, not replaced.
 
     Raises:
-        UserError: if the search is not finished, or the target cannot be met.
+        UserError: if there is no finished search of such an agent, or the target cannot be met.
     """
-    check_run(experiment)
-    if experiment.agent != "cacp":
+    networks = experiment.folder / "search" / "agent" / "networks.safetensors"
+    if not networks.is_file():
         raise UserError(
-            f"{experiment.folder} was searched by {experiment.agent}, which cannot be asked; use a run of --agent cacp"
+            f"{experiment.folder} holds no finished search by --agent cacp, which alone can be asked; "
+            "run search.py on it first, or name another --output"
         )
+    check_run(experiment)
     if not experiment.targets:
         raise UserError(
             f"{experiment.folder} was searched for {experiment.budgets[0].name} alone; search --targets to ask"
         )
     budget = Budget({"macs": target})
-    networks = experiment.folder / "search" / "agent" / "networks.safetensors"
-    if not networks.is_file():
-        raise UserError(f"{experiment.folder} holds no finished search; run search.py on it first")
     if missing_policies(experiment.folder, [budget.name], method_name(experiment)):
         with profile.phase("preparation"):
             ranked = Ranked(build_workbench(experiment, profile), experiment.criterion)
@@ -194,8 +191,32 @@ def ask(experiment: Experiment, target: float, profile: Profile) -> None:
         agent = ConditionalDDPG(env, seed=experiment.seed)
         agent.load_policy_state(load_tensors(networks))
         record = best_record(experiment, ranked, budget, [planned_policy(env, agent, target)])
+        dense = ranked.bench.cost_model.dense
+        history = History(experiment.folder / "search" / "episodes.csv", dense, [], experiment.episodes)
+        planned = [
+            Candidate(tuple(one.policy.counts.values()), one.search_score, 0)
+            for one in (*load_policies(experiment.folder), record)
+            if not one.episode
+        ]
+        show_doubts(experiment, record, write_tradeoff(experiment.folder, history, planned, dense), dense)
         save_policy(experiment.folder, record)
     show_policies(experiment.folder, [budget.name])
+
+
+def show_doubts(experiment: Experiment, record: PolicyRecord, front: Sequence[Candidate], dense: Cost) -> None:
+    """Say where an asked target lies outside the trained ones, or a policy of the curve is better and no dearer."""
+    trained = [budget.mean_target for budget in experiment.budgets]
+    if not min(trained) <= record.budget.mean_target <= max(trained):
+        console.print(
+            f"note: {record.budget.name} lies outside the targets that the search was trained for, {min(trained)} to "
+            f"{max(trained)}; a search of its own may find better"
+        )
+    best = [one for one in front if one.score.cost.macs <= record.score.cost.macs][-1]
+    if best.score.probability > record.search_score.probability:
+        console.print(
+            f"note: episode {best.episode} scored higher with less, macs {best.score.cost.macs / dense.macs:.3f}: see "
+            f"{experiment.folder / 'search' / 'tradeoff.csv'}"
+        )
 
 
 def show_reachable(bench: Workbench, budgets: list[Budget]) -> None:

@@ -99,6 +99,10 @@ class WithoutImagination(ConditionalDDPG):
         pass
 
 
+class WithoutNetworks(WithoutActor, WithoutImagination):
+    """Plans with the model of returns alone."""
+
+
 class WithoutPlanner(WithoutImagination):
     """Plays the actor's actions with noise: a DDPG without a model."""
 
@@ -120,7 +124,9 @@ def log_loss_reward(score: Score, target: float) -> float:
     return -math.log(score.loss)
 
 
-SEARCHERS: dict[str, Callable[[Cell], list[Found]]] = {
+Search = Callable[[Cell], list[Found]]
+
+RIVALS: dict[str, Search] = {
     "cacp": partial(by_agent, named("cacp")),
     "sensitivity": by_sensitivity,
     "uniform": by_uniform,
@@ -131,9 +137,13 @@ SEARCHERS: dict[str, Callable[[Cell], list[Found]]] = {
     "nsga2": partial(by_agent, named("nsga2")),
     "amc": by_amc,
     "published": by_published,
+}
+VARIANTS: dict[str, Search] = {
     "by-top1": partial(by_agent, named("cacp"), reward=top1_reward),
     "by-loss": partial(by_agent, named("cacp"), reward=log_loss_reward),
     "without-actor": partial(by_agent, ablated(WithoutActor)),
     "without-imagination": partial(by_agent, ablated(WithoutImagination)),
+    "without-networks": partial(by_agent, ablated(WithoutNetworks)),
     "without-planner": partial(by_agent, ablated(WithoutPlanner, PLAIN_WARMUP)),
 }
+SEARCHERS = RIVALS | VARIANTS

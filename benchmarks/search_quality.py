@@ -6,8 +6,8 @@
 
 A cell is a searcher, a model and a seed: 100 policies a target, each scored on 1,000 validation images after batch norm
 was recalibrated on 512 training images. What it found is a JSON file in FOLDER; a cell whose file is there is skipped.
---judge then measures all policies found so far in fp32: on 5,000 training images that nothing else uses (for
-decisions), or on the test images (for the final table, once).
+--judge then measures in fp32 what these cells found: on 5,000 training images that nothing else uses (for decisions),
+or on the test images (for the final table, once; not the variants of ours).
 
 Searchers:
 
@@ -17,8 +17,8 @@ Searchers:
 - random: random policies, the best by fresh batch norm (EagleEye); random-between: at targets that cacp is asked for
   after its search, 100 each against its one. cma, nsga2: see `agents.evolution`.
 - sensitivity: FastNAS-like, see `cacp.methods.sensitivity`. uniform, taylor: without episodes.
-- ours without a part: without-planner (a DDPG that plays its own actions), without-actor, without-imagination;
-  by-top1 and by-loss search with these.
+- variants of ours, for decisions: without-planner (a DDPG that plays its own actions), without-actor,
+  without-imagination, without-networks (neither); by-top1 and by-loss search with these rewards.
 
 All but `published`, by-top1 and by-loss maximise the mean probability of the true class on the validation images, and
 it picks the policy of a target among those that meet it. All weights are repaired by least squares before they are
@@ -43,33 +43,39 @@ from benchmarks.quality_cell import (
     cell_arguments,
     load_inputs,
 )
-from benchmarks.quality_searchers import SEARCHERS
+from benchmarks.quality_searchers import RIVALS, SEARCHERS
 from benchmarks.quality_table import conclude
 from benchmarks.summarise import portable
 from cacp.budget import meets_targets
 from cacp.checkpoint import load_json, save_json, sha256
 from cacp.pipeline import environment, run_command
-from cacp.schema import Budget
+from cacp.schema import Budget, UserError
 
 
 def main() -> None:
     parser = cell_arguments(__doc__)
-    parser.add_argument("--searchers", nargs="+", default=list(SEARCHERS), choices=SEARCHERS)
+    parser.add_argument("--searchers", nargs="+", default=list(RIVALS), choices=SEARCHERS)
     arguments = parser.parse_args()
     if (arguments.judge is None) != (arguments.result is None):
         parser.error("--judge and --result go together")
-    inputs = load_inputs(arguments)
+    if arguments.judge == "test" and not set(arguments.searchers) <= set(RIVALS):
+        parser.error(f"--judge test is for {', '.join(RIVALS)}; decide among the others with --judge development")
+    inputs, paths = load_inputs(arguments), []
+    purse = {"policies_a_target": POLICIES, "validation": VALIDATION, "calibration": CALIBRATION}
     for seed, (model, file), searcher in itertools.product(
         arguments.seeds, inputs.weights.items(), arguments.searchers
     ):
         path = arguments.work / f"{model}_{searcher}_{seed}.json"
+        made_with = {**purse, "weights_sha256": sha256(file)}
         if not path.is_file():
-            save_json(path, portable(searched(searcher, model, Cell(model, file, inputs.train, seed))))
-            print(path.stem, f"{load_json(path)['seconds']:.0f} s", flush=True)
+            found = searched(searcher, model, Cell(model, file, inputs.train, seed))
+            save_json(path, portable({**found, "made_with": made_with}))
+            print(path.stem, f"{found['seconds']:.0f} s", flush=True)
+        elif load_json(path)["made_with"] != made_with:
+            raise UserError(f"{path} was made with other weights or another purse; use another --work")
+        paths.append(path)
     if arguments.judge:
-        cells = [path for model in inputs.weights for path in sorted(arguments.work.glob(f"{model}_*_*.json"))]
-        rows = [measured(path, inputs) for path in cells]
-        purse = {"policies_a_target": POLICIES, "validation": VALIDATION, "calibration": CALIBRATION}
+        rows = [measured(path, inputs) for path in paths]
         conclude(arguments, rows, TARGETS, {"purse": purse})
 
 

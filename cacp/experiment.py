@@ -98,7 +98,7 @@ class Experiment:
     search_calibration_images: int | None = _setting(
         None, POLICY, "only so many of the calibration images for the scores of episodes (default: all of them)"
     )
-    agent: str = _setting("cacp", POLICY, f"search: one of {', '.join(AGENTS)}")
+    agent: str = _setting("cacp", POLICY, f"search: one of {', '.join(AGENTS)}; the others are prune.py --method")
     episodes: int = _setting(
         900, POLICY, "policies to score, all targets together; search, and prune --method sensitivity"
     )

@@ -6,6 +6,7 @@ Its folder holds episodes.csv, TensorBoard events, and a checkpoint of the agent
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from stable_baselines3.common.logger import Logger
@@ -13,10 +14,10 @@ from stable_baselines3.common.logger import Logger
 from agents import EpisodeEnd, Searcher
 from cacp.checkpoint import save_state
 from cacp.cost import CostModel
-from cacp.history import Episode, History
+from cacp.history import Candidate, Episode, History, tradeoff
 from cacp.profiling import Profile
-from cacp.reporting import ProgressLine, log_best_policy, log_episode, search_logger
-from cacp.schema import ChannelGroups
+from cacp.reporting import ProgressLine, log_best_policy, log_episode, save_tradeoff, search_logger
+from cacp.schema import ChannelGroups, Cost
 from envs import EpisodeResult
 
 CHECKPOINT_EPISODES = 10  # a kill loses at most so many episodes
@@ -105,3 +106,10 @@ def finished_episode(end: EpisodeEnd, seconds: float) -> Episode:
         seconds=seconds,
         counts=result.counts,
     )
+
+
+def write_tradeoff(folder: Path, history: History, planned: Iterable[Candidate], dense: Cost) -> list[Candidate]:
+    """Write, and return, the trade-off curve of a run's episodes and of policies that were planned after them."""
+    front = tradeoff([*(episode.candidate for episode in history.episodes), *planned])
+    save_tradeoff(folder / "search", front, dense)
+    return front

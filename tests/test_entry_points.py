@@ -82,14 +82,31 @@ def test_typed_again_nothing_is_done_again(call: Call, finished: Path) -> None:
     assert len([path for path in finished.rglob("*") if path.is_file()]) == len(before) + 2
 
 
-def test_the_agent_answers_a_target_it_never_saw(call: Call, finished: Path) -> None:
-    out = call("search", "--ask", 0.45, "--output", finished)
-    assert "macs-0.45" in out
-    path = finished / "policies" / "macs-0.45.json"
-    record = PolicyRecord.from_json(json.loads(path.read_text()))
-    dense = json.loads((finished / "export" / "macs-0.50" / "report.json").read_text())["dense"]["macs"]
-    assert 0.445 <= record.score.cost.macs / dense <= 0.45
-    path.unlink()
+def test_the_agent_answers_a_target_it_never_saw(call: Call, finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "asked"
+    shutil.copytree(finished, folder)
+    dense = json.loads((folder / "export" / "macs-0.50" / "report.json").read_text())["dense"]["macs"]
+    known = [(int(row["macs"]), float(row["probability"])) for row in rows(folder)]
+    for target in (0.45, 0.85):
+        out = call("search", "--ask", target, "--output", folder)
+        path = folder / "policies" / f"macs-{target:.2f}.json"
+        record = PolicyRecord.from_json(json.loads(path.read_text()))
+        assert f"macs-{target}" in out and target - 0.005 <= record.score.cost.macs / dense <= target
+        assert ("outside the targets that the search was trained for, 0.3 to 0.7" in out) == (target == 0.85)
+        asked = (record.search_score.cost.macs, record.search_score.probability)
+        better = [score for macs, score in known if macs <= asked[0] and score > asked[1]]
+        assert ("scored higher with less" in out) == bool(better)
+        with (folder / "search" / "tradeoff.csv").open(newline="") as file:
+            front = [(int(row["macs"]), float(row["probability"])) for row in csv.DictReader(file)]
+        known.append(asked)
+        beaten = {one for one in known for other in known if one != other and other[0] <= one[0] and other[1] >= one[1]}
+        assert front == sorted(set(known) - beaten)
+
+
+def test_what_was_never_searched_by_cacp_cannot_be_asked(call: Call, finished: Path, tmp_path: Path) -> None:
+    call("prune", *TINY, f"--weights={finished}", "--targets=0.5", "--output", tmp_path)
+    err = call("search", "--ask=0.45", "--output", tmp_path, status=2)
+    assert "holds no finished search by --agent cacp" in err and "delete" not in err
 
 
 def test_a_range_of_targets_gives_a_policy_for_every_tenth_and_a_tradeoff_curve(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,16 +12,16 @@ import torch
 from conftest import resnet20
 from test_agents import ToyEnv, play
 
-from benchmarks import quality_cell, search_quality
+from benchmarks import quality_cell, quality_searchers, search_quality
 from benchmarks.quality_cell import Cell, Found
-from benchmarks.quality_searchers import WithoutActor, WithoutImagination, WithoutPlanner
+from benchmarks.quality_searchers import SEARCHERS, WithoutActor, WithoutImagination, WithoutPlanner
 from benchmarks.quality_table import summed_up
 from benchmarks.score_quality import correlated, numbers
 from benchmarks.search_quality import best_of
 from cacp.budget import uniform_counts
-from cacp.checkpoint import save_json, save_tensors
+from cacp.checkpoint import load_json, load_tensors, save_json, save_tensors
 from cacp.data import ImageData
-from cacp.schema import Budget
+from cacp.schema import Budget, UserError
 
 
 def row(searcher: str, seed: int, **tops: float) -> dict:
@@ -71,17 +72,21 @@ def test_ours_without_a_part_lacks_that_part_alone() -> None:
     assert without_imagination.replay_buffer.size() == 9 * 6
 
 
-@pytest.fixture(scope="module")
-def cell(tmp_path_factory: pytest.TempPathFactory) -> Cell:
+@pytest.fixture
+def cell_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, ImageData]:
+    """Weights and images of a tiny cell."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (60, 3, 8, 8), generator=generator, dtype=torch.uint8)
-    train = ImageData(pixels, torch.arange(60) % 10, tuple("abcdefghij"))
-    file = tmp_path_factory.mktemp("weights") / "resnet20.safetensors"
+    file = tmp_path / "resnet20.safetensors"
     save_tensors(file, resnet20().state_dict())
-    with pytest.MonkeyPatch.context() as patch:
-        for name, count in (("VALIDATION", 10), ("CALIBRATION", 20), ("DEVELOPMENT", 20), ("POLICIES", 1)):
-            patch.setattr(quality_cell, name, count)
-        return Cell("resnet20", file, train, seed=0)
+    for name, count in (("VALIDATION", 10), ("CALIBRATION", 20), ("DEVELOPMENT", 20), ("POLICIES", 1)):
+        monkeypatch.setattr(quality_cell, name, count)
+    return file, ImageData(pixels, torch.arange(60) % 10, tuple("abcdefghij"))
+
+
+@pytest.fixture
+def cell(cell_parts: tuple[Path, ImageData]) -> Cell:
+    return Cell("resnet20", *cell_parts, seed=0)
 
 
 def test_the_purse_pays_every_score_and_no_more(cell: Cell) -> None:
@@ -100,6 +105,54 @@ def test_no_image_of_a_cell_serves_two_ends(cell: Cell) -> None:
     assert len({image for part in images for image in part}) == 60
     calibration = cell.splits.calibration.batch(torch.arange(20)).numpy()
     assert {image.tobytes() for image in calibration} <= set(images[3])
+
+
+@pytest.mark.parametrize("searcher", SEARCHERS)
+def test_a_searcher_spends_its_purse_and_answers_every_target(
+    searcher: str, cell_parts: tuple[Path, ImageData], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (quality_cell, quality_searchers):
+        monkeypatch.setattr(module, "POLICIES", 4)
+    cell = Cell("resnet20", *cell_parts, seed=0)
+    found = search_quality.searched(searcher, "resnet20", cell)
+    asked = ["0.35", "0.45", "0.55", "0.65"]
+    episodes = {"uniform": 0, "taylor": 0, "sensitivity": cell.scored, "random-between": 16}.get(searcher, 20)
+    plans = searcher in ("cacp", "by-top1", "by-loss") or searcher.startswith("without-")
+    assert found["policies_scored"] == episodes + 4 * plans and cell.scored <= 24
+    targets = asked if searcher == "random-between" else ["0.30", "0.40", "0.50", "0.60", "0.70"] + asked * plans
+    assert list(found["picked"]) == targets
+    for target, picked in found["picked"].items():
+        if picked is None:  # published: its policies may end above their target
+            assert searcher == "published"
+            continue
+        kept = cell.cost_model.cost(picked["counts"]).macs / cell.cost_model.dense.macs
+        if searcher == "published":  # may also end far below
+            assert kept <= float(target) + 0.005
+        else:
+            assert float(target) - 0.05 < kept <= float(target)
+
+
+def test_cells_are_skipped_checked_and_judged_as_named(
+    cell_parts: tuple[Path, ImageData], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    file, train = cell_parts
+    monkeypatch.setattr(quality_cell, "load_dataset", lambda *_: train)
+    words = ["--weights", f"resnet20={file}", "--work", tmp_path, "--seeds", 0, "--result", tmp_path / "result.json"]
+
+    def main(*more: str) -> list[str]:
+        monkeypatch.setattr(sys, "argv", ["search_quality", *map(str, words), *more])
+        search_quality.main()
+        return [row["searcher"] for row in load_json(tmp_path / "result.json")["cells"]]
+
+    assert main("--searchers", "uniform", "taylor", "--judge", "development") == ["uniform", "taylor"]
+    monkeypatch.setattr(search_quality, "searched", None)
+    assert main("--searchers", "uniform", "--judge", "test") == ["uniform"]
+    with pytest.raises(SystemExit):
+        main("--searchers", "by-loss", "--judge", "test")
+    assert "decide among the others with --judge development" in capsys.readouterr().err
+    save_tensors(file, {name: 2 * tensor for name, tensor in load_tensors(file).items()})
+    with pytest.raises(UserError, match=r"resnet20_taylor_0.json was made with other weights or another purse"):
+        main("--searchers", "taylor", "--judge", "test")
 
 
 def test_a_target_gets_the_best_policy_that_meets_it(cell: Cell) -> None:
