@@ -97,8 +97,9 @@ def augment(images: Tensor, generator: torch.Generator, padding: int, flip: bool
         columns = torch.where(flipped, width - 1 - columns, columns)  # (B, W)
     columns = columns + shift[1]  # (B, W)
     padded = F.pad(images, (padding,) * 4)  # (B, C, H + 2 padding, W + 2 padding)
+    rows, columns = rows.to(images.device), columns.to(images.device)  # small, before they are made large
     pixels = rows[:, :, None] * padded.shape[3] + columns[:, None, :]  # (B, H, W), places in a flattened channel
-    pixels = pixels.to(images.device).view(batch, 1, -1).expand(batch, channels, -1)
+    pixels = pixels.view(batch, 1, -1).expand(batch, channels, -1)
     cropped = padded.reshape(batch, channels, -1).gather(2, pixels).view(batch, channels, height, width)
     if not erased:
         return cropped
