@@ -44,11 +44,12 @@ def wide_batch_norms(model: nn.Module) -> Iterator[None]:
 
 def _forward(norm: nn.BatchNorm2d, inputs: Tensor) -> Tensor:
     """Of inputs (B, C, H, W)."""
+    count = inputs.numel() // inputs.shape[1]
     last = inputs.is_contiguous(memory_format=torch.channels_last)
-    if not norm.training or inputs.device.type != "cpu" or not last:
+    if not norm.training or inputs.device.type != "cpu" or not last or count < 2:  # one value is refused there
         return nn.BatchNorm2d.forward(norm, inputs)
     outputs, mean, variance = _WideBatchNorm.apply(inputs, norm.weight, norm.bias, norm.eps)
-    update_running_statistics(norm, mean, variance, inputs.numel() // inputs.shape[1])
+    update_running_statistics(norm, mean, variance, count)
     return outputs
 
 

@@ -110,3 +110,9 @@ def test_bf16_and_evaluation_and_no_statistics() -> None:
     expected_outputs = bare(inputs)
     with wide_batch_norms(bare):
         torch.testing.assert_close(bare(inputs), expected_outputs)
+
+
+def test_a_single_value_a_channel_is_refused_as_by_pytorch() -> None:
+    norm = nn.BatchNorm2d(5)
+    with wide_batch_norms(norm), pytest.raises(ValueError, match="more than 1 value per channel"):
+        norm(torch.ones(1, 5, 1, 1).contiguous(memory_format=torch.channels_last))
