@@ -15,6 +15,7 @@ import copy
 import statistics
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,13 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision import transforms
 from torchvision.transforms import v2
 
+from benchmarks.exported_run import load_run
 from benchmarks.speed_summary import spread
 from benchmarks.summarise import portable
 from cacp.checkpoint import save_json
-from cacp.config import experiment_from, parse
 from cacp.data import ImageData
-from cacp.dense import load_dense
 from cacp.evaluation import synchroniser
-from cacp.pipeline import environment, load_exported, load_splits, run_command, select_device, training_recipe
+from cacp.pipeline import environment, load_exported, run_command, training_recipe
 from cacp.recipe import Recipe
 from cacp.schema import Normalisation
 from cacp.training import fit
@@ -44,15 +44,14 @@ Round = Callable[[], float]  # trains one pass; images a second
 
 def main() -> None:
     arguments = _parser().parse_args()
-    experiment = experiment_from(parse("finetune", "", [str(arguments.run)], run_argument=True))
-    device, splits = select_device(experiment.device), load_splits(experiment)
-    normalisation = load_dense(experiment, splits, device).normalisation
-    model = load_exported(experiment, arguments.run / "export" / arguments.policy).to(device).train()
+    experiment, splits, dense = load_run(arguments.run)
+    normalisation = dense.normalisation
+    model = load_exported(experiment, arguments.run / "export" / arguments.policy).to(dense.example.device).train()
     images = splits.train.subset(torch.arange(min(arguments.images, len(splits.train))))
     recipe = training_recipe(experiment, 1, experiment.finetune_lr, experiment.finetune_schedule)
     systems: dict[str, Round] = {
         OURS: lambda: ours(copy.deepcopy(model), images, normalisation, recipe),
-        f"{OURS}, fp32": lambda: ours(copy.deepcopy(model), images, normalisation, _fp32(recipe)),
+        f"{OURS}, fp32": lambda: ours(copy.deepcopy(model), images, normalisation, replace(recipe, precision="fp32")),
         "plain": lambda: plain(copy.deepcopy(model), images, normalisation, recipe, workers=2),
         "plain, in this process": lambda: plain(copy.deepcopy(model), images, normalisation, recipe, workers=0),
         "torchvision": lambda: reference(copy.deepcopy(model), images, normalisation, recipe, workers=2),
@@ -175,10 +174,6 @@ def _loader(
         collate_fn=collate,
         pin_memory=pinned,
     )
-
-
-def _fp32(recipe: Recipe) -> Recipe:
-    return Recipe(**{**vars(recipe), "precision": "fp32"})
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -15,17 +15,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.exported_run import finetune, load_run
 from benchmarks.summarise import portable
 from cacp.checkpoint import load_json, save_json
-from cacp.config import experiment_from, parse
 from cacp.data import Splits
-from cacp.dense import DenseModel, load_dense
+from cacp.dense import DenseModel
 from cacp.evaluation import device_of, evaluate_data
 from cacp.experiment import Experiment
-from cacp.pipeline import environment, load_exported, load_splits, run_command, select_device
+from cacp.pipeline import environment, load_exported, run_command
 from cacp.recipe import Recipe
 from cacp.schema import UserError
-from cacp.training import fit
 
 BASE = Recipe(epochs=1, lr=0.05, schedule="cosine")
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -53,9 +52,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     arguments = _parser().parse_args()
-    experiment = experiment_from(parse("finetune", "", [str(arguments.run)], run_argument=True))
-    splits = load_splits(experiment)
-    dense = load_dense(experiment, splits, select_device(experiment.device))
+    experiment, splits, dense = load_run(arguments.run)
     if not dense.validation_unseen:
         raise UserError(f"{arguments.run}: its dense weights have seen the images that would judge; use weights train")
     cells = []
@@ -81,8 +78,7 @@ def trained(
 ) -> dict[str, Any]:
     """Fine-tune an exported model by a recipe, and judge it."""
     model = load_exported(experiment, experiment.folder / "export" / policy).to(device_of(dense.model))
-    teacher = dense.model if recipe.distillation else None
-    records = list(fit(model, splits.train, None, dense.normalisation, recipe, seed, checkpoint, teacher=teacher))
+    records = finetune(model, recipe, seed, splits, dense, checkpoint)
     seconds = sum(record.seconds for record in records)
     return {**_judged(model.eval(), splits, dense), "seconds": seconds, "recipe": asdict(recipe)}
 

@@ -25,12 +25,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from benchmarks.exported_run import finetune, load_run
 from benchmarks.summarise import portable
 from cacp.checkpoint import load_json, save_json
-from cacp.config import experiment_from, parse
 from cacp.cost import counted_cost
 from cacp.data import ImageData, Splits
-from cacp.dense import DenseModel, load_dense
+from cacp.dense import DenseModel
 from cacp.evaluation import evaluate_data
 from cacp.experiment import Experiment
 from cacp.graph import trace
@@ -38,14 +38,11 @@ from cacp.pipeline import (
     environment,
     load_exported,
     load_images,
-    load_splits,
     run_command,
-    select_device,
     training_recipe,
 )
 from cacp.recipe import Recipe
 from cacp.steps import seeded
-from cacp.training import fit
 
 TP_STEPS = 400
 
@@ -83,13 +80,11 @@ def main() -> None:
 
 def recovered(subject: Subject, name: str, target: float, seed: int, checkpoint: Path) -> dict[str, Any]:
     """Train one of MODELS, and judge it before and after."""
-    dense, splits = subject.dense, subject.splits
+    dense = subject.dense
     model = MODELS[name](subject, target, seed).to(dense.example.device)
     before = evaluate_data(model, subject.test, dense.normalisation)
     cost = counted_cost(model, dense.image_shape)
-    teacher = dense.model if subject.recipe.distillation else None
-    images, recipe = splits.train, subject.recipe
-    records = list(fit(model, images, None, dense.normalisation, recipe, seed, checkpoint, teacher=teacher))
+    records = finetune(model, subject.recipe, seed, subject.splits, dense, checkpoint)
     return {
         "before": before._asdict(),
         "after": evaluate_data(model, subject.test, dense.normalisation)._asdict(),
@@ -156,9 +151,7 @@ MODELS: dict[str, Callable[[Subject, float, int], nn.Module]] = {
 
 
 def _subject(arguments: argparse.Namespace) -> Subject:
-    experiment = experiment_from(parse("finetune", "", [str(arguments.run)], run_argument=True))
-    splits = load_splits(experiment)
-    dense = load_dense(experiment, splits, select_device(experiment.device))
+    experiment, splits, dense = load_run(arguments.run)
     test = load_images(experiment, "test")
     assert test is not None
     recipe = training_recipe(experiment, arguments.epochs, experiment.finetune_lr, experiment.finetune_schedule)

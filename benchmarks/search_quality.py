@@ -62,11 +62,12 @@ def main() -> None:
         parser.error(f"--judge test is for {', '.join(RIVALS)}; decide among the others with --judge development")
     inputs, paths = load_inputs(arguments), []
     purse = {"policies_a_target": POLICIES, "validation": VALIDATION, "calibration": CALIBRATION}
+    checksums = {model: sha256(file) for model, file in inputs.weights.items()}
     for seed, (model, file), searcher in itertools.product(
         arguments.seeds, inputs.weights.items(), arguments.searchers
     ):
         path = arguments.work / f"{model}_{searcher}_{seed}.json"
-        made_with = {**purse, "weights_sha256": sha256(file)}
+        made_with = {**purse, "weights_sha256": checksums[model]}
         if not path.is_file():
             found = searched(searcher, model, Cell(model, file, inputs.train, seed))
             save_json(path, portable({**found, "made_with": made_with}))
