@@ -7,6 +7,7 @@ skips what is done.
 """
 
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from cacp.cost import counted_cost
 from cacp.evaluation import device_of
 from cacp.experiment import Experiment
 from cacp.exporting import Architecture, measure_latency, save_pruned
+from cacp.locking import only_writer
 from cacp.pipeline import (
     Workbench,
     build_workbench,
@@ -34,6 +36,14 @@ from cacp.schema import PolicyRecord, UserError
 
 SCORE_TOLERANCE = 0.005  # of top-1 between search and export, both fp32 on the same images
 LATENCY_BATCHES = (1, 64)  # images
+_MEDIAN = {name: {"median": float} for name in ("dense", "pruned")}
+REPORT = {
+    "policy": {},
+    "dense": {"macs": int, "params": int, "holdout_top1": float},
+    "pruned": {"macs": int, "params": int},
+    "score_at_export": {"top1": float},
+    "latency_ms": {f"batch {batch}": _MEDIAN for batch in LATENCY_BATCHES},
+}
 
 
 def main() -> None:
@@ -47,23 +57,28 @@ def main() -> None:
         raise UserError(
             f"no policy yet for {', '.join(missing)}; run search.py (or prune.py) on this folder again first"
         )
-    bench: Workbench | None = None
-    for record in records:
-        folder = folders[record.budget.name]
-        if is_current(folder, record):
-            continue
-        bench = bench or build_workbench(experiment)
-        export(with_weights(bench, experiment.folder, record), experiment, record, folder)
-        console.print(f"exported {folder}")
-    reports = {name: load_json(folder / "report.json") for name, folder in folders.items()}
+    if not all(is_current(folders[record.budget.name], record) for record in records):
+        with only_writer(experiment.folder):
+            export_all(experiment, records, folders)
+    reports = {name: load_json(folder / "report.json", REPORT) for name, folder in folders.items()}
     show_reports(reports, experiment.folder)
     console.print(f"next: bash scripts/finetune.sh {experiment.folder}")
+
+
+def export_all(experiment: Experiment, records: Sequence[PolicyRecord], folders: Mapping[str, Path]) -> None:
+    """Export the policies that are not, each to the folder of its name."""
+    bench = build_workbench(experiment)
+    for record in records:
+        folder = folders[record.budget.name]
+        if not is_current(folder, record):
+            export(with_weights(bench, experiment.folder, record), experiment, record, folder)
+            console.print(f"exported {folder}")
 
 
 def is_current(folder: Path, record: PolicyRecord) -> bool:
     """Whether the folder holds the export of exactly this policy."""
     path = folder / "report.json"
-    return path.is_file() and load_json(path, ["policy"])["policy"] == record.to_json()
+    return path.is_file() and load_json(path, {"policy": {}})["policy"] == record.to_json()
 
 
 def with_weights(bench: Workbench, folder: Path, record: PolicyRecord) -> Workbench:
@@ -107,6 +122,8 @@ def export(bench: Workbench, experiment: Experiment, record: PolicyRecord, folde
     loaded = load_exported(experiment, folder).to(device_of(sliced)).to(memory_format=torch.channels_last)
     check_parity(sliced, loaded, bench)
     counted = counted_cost(loaded, dense.image_shape)
+    if cost != record.score.cost:
+        raise UserError(f"{folder}: the policy costs {cost}, but its file says {record.score.cost}; search again")
     if counted != cost:
         raise UserError(f"{folder}: the exported model costs {counted}, but the closed form says {cost}; report this")
     evaluation = bench.rescorer.evaluate(loaded)

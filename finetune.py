@@ -7,10 +7,12 @@ and after, epochs.csv, TensorBoard events, checkpoint/. Run again, it skips what
 """
 
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from cacp.checkpoint import load_json, save_json, sha256
@@ -20,6 +22,7 @@ from cacp.dense import DenseModel, load_dense
 from cacp.evaluation import device_of, evaluate_data
 from cacp.experiment import Experiment
 from cacp.exporting import WEIGHTS, load_architecture, save_pruned
+from cacp.locking import only_writer
 from cacp.pipeline import (
     check_run,
     environment,
@@ -37,6 +40,17 @@ from cacp.schema import UserError
 from cacp.sweep import load_sweep, save_sweep
 from cacp.training import EpochRecord, chosen_epoch, fit
 
+SOURCE = "source.json"  # beside what was made from it
+_COST = {"macs": int, "params": int}
+RESULT = {
+    "test_top1": {"dense": float, "before": float, "after": float},
+    "cost": _COST,
+    "dense_cost": _COST,
+    "epochs": int,
+    "chosen_epoch": int,
+    "seconds": float,
+}
+
 
 def main() -> None:
     description = "Fine-tune the exported models of a run."
@@ -51,29 +65,46 @@ def main() -> None:
     recipe = training_recipe(
         experiment, experiment.finetune_epochs, experiment.finetune_lr, experiment.finetune_schedule
     )
+    done = [is_done(folders[export.name], export, recipe) for export in exports]
+    if not all(done) or load_sweep(experiment.folder):
+        with only_writer(experiment.folder):
+            finetune_all(experiment, recipe, exports, folders, device)
+    show_results(
+        {name: load_json(folder / "result.json", RESULT) for name, folder in folders.items()}, experiment.folder
+    )
+
+
+def finetune_all(
+    experiment: Experiment, recipe: Recipe, exports: Sequence[Path], folders: Mapping[str, Path], device: torch.device
+) -> None:
+    """Fine-tune the exported models that are not, each into the folder of its name, and draw the plots of a sweep."""
     waiting = [export for export in exports if not is_done(folders[export.name], export, recipe)]
+    for export in waiting:
+        save_json(folders[export.name] / SOURCE, source_of(export, recipe))  # reserves the folder
     if waiting:
         splits = load_splits(experiment)
         dense = load_dense(experiment, splits, device)
-        for export in waiting:
-            folder = folders[export.name]
-            model, records = train(experiment, recipe, export, folder, splits, dense)
-            finish(experiment, recipe, export, folder, model, records, dense)
+    for export in waiting:
+        folder = folders[export.name]
+        model, records = train(experiment, recipe, export, folder, splits, dense)
+        finish(experiment, recipe, export, folder, model, records, dense)
     if rows := load_sweep(experiment.folder):
         save_sweep(experiment.folder, rows)
-    show_results({name: load_json(folder / "result.json") for name, folder in folders.items()}, experiment.folder)
+
+
+def source_of(export: Path, recipe: Recipe) -> dict[str, Any]:
+    """What a fine-tuning is made from."""
+    return {"weights_sha256": sha256(export / WEIGHTS), **asdict(recipe)}
 
 
 def is_done(folder: Path, export: Path, recipe: Recipe) -> bool:
-    """Whether the folder holds a finished fine-tuning of this export by this recipe; it is reserved for them if empty.
+    """Whether the folder holds a finished fine-tuning of this export by this recipe.
 
     Raises:
         UserError: if it holds one, begun or finished, of another export or by another recipe.
     """
-    path, here = folder / "source.json", {"weights_sha256": sha256(export / WEIGHTS), **asdict(recipe)}
-    if not path.is_file():
-        save_json(path, here)
-    there = load_json(path, list(here))
+    path, here = folder / SOURCE, source_of(export, recipe)
+    there = load_json(path, dict.fromkeys(here)) if path.is_file() else here
     different = [f"{key}: {there[key]!r} -> {here[key]!r}" for key in here if there[key] != here[key]]
     if different:
         raise UserError(

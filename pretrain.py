@@ -24,16 +24,16 @@ from cacp.training import chosen_epoch, fit
 def main() -> None:
     experiment = experiment_from(parse("pretrain", "Make the dense model of a run.", sys.argv[1:]))
     device = select_device(experiment.device)
-    open_run(experiment)
     folder = experiment.folder / "dense"
-    if not (folder / "result.json").is_file():
-        splits = load_inputs(experiment)
-        check_targets(experiment, splits)
-        if experiment.weights == "train":
-            train_dense(experiment, splits, device)
-        else:
-            import_weights(experiment, splits, device)
-    result = load_json(folder / "result.json")
+    with open_run(experiment):
+        if not (folder / "result.json").is_file():
+            splits = load_inputs(experiment)
+            check_targets(experiment, splits)
+            if experiment.weights == "train":
+                train_dense(experiment, splits, device)
+            else:
+                import_weights(experiment, splits, device)
+    result = load_json(folder / "result.json", {"model": str, "validation_top1": float, "validation_images": int})
     console.print(
         f"dense {result['model']}: {percent(result['validation_top1'])} % top-1 on {result['validation_images']} "
         f"validation images, in {folder}"

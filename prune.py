@@ -25,17 +25,19 @@ from cacp.reporting import console, percent, show_policies, table, track_trainin
 from cacp.schema import Budget, Policy, PolicyRecord, UserError
 from cacp.sweep import SweepRow, load_sweep, save_sweep
 
+UNSTRUCTURED = {"sparsity": float, "dense_holdout_top1": float, "holdout_top1": float}
+
 
 def main() -> None:
     experiment = experiment_from(parse("prune", "Prune by a method without episodes.", sys.argv[1:]))
     select_device(experiment.device)
-    open_run(experiment)
-    if experiment.quantiles:
-        run_sweep(experiment)
-    elif experiment.method == "magnitude":
-        run_unstructured(experiment)
-    else:
-        run_budgets(experiment)
+    with open_run(experiment):
+        if experiment.quantiles:
+            run_sweep(experiment)
+        elif experiment.method == "magnitude":
+            run_unstructured(experiment)
+        else:
+            run_budgets(experiment)
 
 
 def run_budgets(experiment: Experiment) -> None:
@@ -179,7 +181,7 @@ def save_unstructured(bench: Workbench, pruned: Pruned, budget: Budget, folder: 
 
 
 def show_unstructured(folder: Path, made: list[Path]) -> None:
-    results = {path.name: load_json(path / "result.json") for path in made}
+    results = {path.name: load_json(path / "result.json", UNSTRUCTURED) for path in made}
     rows = [
         [name, f"{result['sparsity']:.4f}", percent(result["dense_holdout_top1"]), percent(result["holdout_top1"])]
         for name, result in results.items()

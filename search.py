@@ -9,17 +9,17 @@ best policy of every target. Run again, it goes on from the last checkpoint, or 
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from agents import ConditionalDDPG, Searcher, make_agent
-from cacp.budget import BudgetWalk, check_reachable, reachable_fractions, uniform_counts
-from cacp.checkpoint import load_state, load_tensors, save_json, save_tensors
+from cacp.checkpoint import load_tensors, save_json, save_tensors
 from cacp.config import experiment_from, parse
 from cacp.evaluation import synchroniser
 from cacp.experiment import Experiment
 from cacp.history import Candidate, History
+from cacp.locking import only_writer
 from cacp.pipeline import (
     Ranked,
-    Workbench,
     build_workbench,
     check_run,
     open_run,
@@ -28,14 +28,13 @@ from cacp.pipeline import (
 )
 from cacp.policies import load_policies, missing_policies, save_policy
 from cacp.profiling import Profile
-from cacp.records import play, write_tradeoff
+from cacp.records import play, resume, write_tradeoff
 from cacp.reporting import (
     console,
-    millions,
     percent,
     show_policies,
     show_profile,
-    table,
+    show_reachable,
 )
 from cacp.reward import log_odds_reward
 from cacp.schema import Budget, Cost, PolicyRecord, UserError
@@ -71,13 +70,13 @@ def main() -> None:
 
 def run(experiment: Experiment, profile: Profile) -> None:
     """The whole command, but what is done already."""
-    open_run(experiment)
     budgets = experiment.budgets
     names = [budget.name for budget in budgets]
-    if missing_policies(experiment.folder, names, method_name(experiment)):
-        with profile.phase("preparation"):
-            ranked = Ranked(build_workbench(experiment, profile), experiment.criterion)
-        search(experiment, ranked, budgets, profile)
+    with open_run(experiment):
+        if missing_policies(experiment.folder, names, method_name(experiment)):
+            with profile.phase("preparation"):
+                ranked = Ranked(build_workbench(experiment, profile), experiment.criterion)
+            search(experiment, ranked, budgets, profile)
     show_policies(experiment.folder, names)
 
 
@@ -85,23 +84,18 @@ def search(experiment: Experiment, ranked: Ranked, budgets: list[Budget], profil
     """Play the episodes, then write the best policy of every target."""
     bench, folder = ranked.bench, experiment.folder / "search"
     console.print(f"dense {experiment.model}: {percent(bench.dense.validation_top1)} % top-1 on the validation images")
-    show_reachable(bench, budgets)
+    show_reachable(bench.groups, bench.cost_model, budgets)
     env = ChannelPruningEnv(bench.groups, ranked.score, log_odds_reward, env_targets(experiment))
     targets = [budget.mean_target for budget in budgets]
     agent = make_agent(experiment.agent, env, targets, experiment.seed, experiment.warmup_episodes)
-    finished = 0
-    saved = load_state(folder / "checkpoint")
-    if saved:
-        finished = int(saved.data["episode"])
-        agent.load_state(saved.tensors, saved.data["agent"])
-        env.episodes_started = finished
-        console.print(f"going on after episode {finished} of {experiment.episodes}")
+    finished = env.episodes_started = resume(folder, agent, experiment.episodes)
     history = History(folder / "episodes.csv", bench.cost_model.dense, budgets, finished)
+    ranked.recall(history.episodes, folder / "episodes.csv")
     with profile.phase("environment and actions"):
         play(folder, experiment.episodes, bench.groups, agent, history, profile)
     with profile.phase("scoring again"):
         if isinstance(agent, ConditionalDDPG):
-            save_tensors(folder / "agent" / "networks.safetensors", agent.policy_state())
+            save_tensors(networks_path(experiment.folder), agent.policy_state())
         found = [candidates_of(experiment, history, budget, env, agent) for budget in budgets]
         planned = [one for candidates in found for one in candidates if not one.episode]
         write_tradeoff(experiment.folder, history, planned, bench.cost_model.dense)
@@ -114,6 +108,11 @@ def env_targets(experiment: Experiment) -> list[float] | TargetRange | Budget:
     if experiment.target_range:
         return TargetRange(*experiment.target_range)
     return [budget.mean_target for budget in experiment.budgets] if experiment.targets else experiment.budgets[0]
+
+
+def networks_path(folder: Path) -> Path:
+    """Where a finished search by --agent cacp leaves what can be asked."""
+    return folder / "search" / "agent" / "networks.safetensors"
 
 
 def method_name(experiment: Experiment) -> str:
@@ -172,8 +171,7 @@ def ask(experiment: Experiment, target: float, profile: Profile) -> None:
     Raises:
         UserError: if there is no finished search of such an agent, or the target cannot be met.
     """
-    networks = experiment.folder / "search" / "agent" / "networks.safetensors"
-    if not networks.is_file():
+    if not networks_path(experiment.folder).is_file():
         raise UserError(
             f"{experiment.folder} holds no finished search by --agent cacp, which alone can be asked; "
             "run search.py on it first, or name another --output"
@@ -185,22 +183,30 @@ def ask(experiment: Experiment, target: float, profile: Profile) -> None:
         )
     budget = Budget({"macs": target})
     if missing_policies(experiment.folder, [budget.name], method_name(experiment)):
-        with profile.phase("preparation"):
-            ranked = Ranked(build_workbench(experiment, profile), experiment.criterion)
-        env = ChannelPruningEnv(ranked.bench.groups, ranked.score, log_odds_reward, [target])
-        agent = ConditionalDDPG(env, seed=experiment.seed)
-        agent.load_policy_state(load_tensors(networks))
-        record = best_record(experiment, ranked, budget, [planned_policy(env, agent, target)])
-        dense = ranked.bench.cost_model.dense
-        history = History(experiment.folder / "search" / "episodes.csv", dense, [], experiment.episodes)
-        planned = [
-            Candidate(tuple(one.policy.counts.values()), one.search_score, 0)
-            for one in (*load_policies(experiment.folder), record)
-            if not one.episode
-        ]
-        show_doubts(experiment, record, write_tradeoff(experiment.folder, history, planned, dense), dense)
-        save_policy(experiment.folder, record)
+        with only_writer(experiment.folder):
+            answer(experiment, budget, profile)
     show_policies(experiment.folder, [budget.name])
+
+
+def answer(experiment: Experiment, budget: Budget, profile: Profile) -> None:
+    """Plan and score a policy for a budget of MACs, and write it."""
+    target = budget.mean_target
+    with profile.phase("preparation"):
+        ranked = Ranked(build_workbench(experiment, profile), experiment.criterion)
+    dense, episodes = ranked.bench.cost_model.dense, experiment.folder / "search" / "episodes.csv"
+    history = History(episodes, dense, [], experiment.episodes)
+    ranked.recall(history.episodes, episodes)
+    env = ChannelPruningEnv(ranked.bench.groups, ranked.score, log_odds_reward, [target])
+    agent = ConditionalDDPG(env, seed=experiment.seed)
+    agent.load_policy_state(load_tensors(networks_path(experiment.folder)))
+    record = best_record(experiment, ranked, budget, [planned_policy(env, agent, target)])
+    planned = [
+        Candidate(tuple(one.policy.counts.values()), one.search_score, 0)
+        for one in (*load_policies(experiment.folder), record)
+        if not one.episode
+    ]
+    show_doubts(experiment, record, write_tradeoff(experiment.folder, history, planned, dense), dense)
+    save_policy(experiment.folder, record)
 
 
 def show_doubts(experiment: Experiment, record: PolicyRecord, front: Sequence[Candidate], dense: Cost) -> None:
@@ -217,32 +223,6 @@ def show_doubts(experiment: Experiment, record: PolicyRecord, front: Sequence[Ca
             f"note: episode {best.episode} scored higher with less, macs {best.score.cost.macs / dense.macs:.3f}: see "
             f"{experiment.folder / 'search' / 'tradeoff.csv'}"
         )
-
-
-def show_reachable(bench: Workbench, budgets: list[Budget]) -> None:
-    """A table of what can be reached, before the first episode; a budget that can't be is refused."""
-    for budget in budgets:
-        check_reachable(bench.cost_model, budget)
-    for name in bench.groups.unknown:
-        console.print(f"not known to trace, kept whole: {name}")
-    dense, least = bench.cost_model.dense, reachable_fractions(bench.cost_model)
-    costs = list(budgets[0].targets)  # the same for all
-    rows = [
-        [
-            budget.name,
-            *(millions(int(target * getattr(dense, cost))) for cost, target in budget.targets.items()),
-            f"{BudgetWalk(bench.cost_model, budget).even_ratio():.3f}",
-            *(millions(getattr(uniform, cost)) for cost in costs),
-        ]
-        for budget in budgets
-        for uniform in [bench.cost_model.cost(uniform_counts(bench.cost_model, budget))]
-    ]
-    title = (
-        f"{len(bench.groups.prunable)} prunable groups; dense {millions(dense.macs)} MACs, {millions(dense.params)} "
-        f"parameters; reachable: {', '.join(f'{cost} {least[cost]:.3f} to 1' for cost in costs)}"
-    )
-    at_most, uniform_costs = ([form.format(cost) for cost in costs] for form in ("{} at most", "uniform {}"))
-    console.print(table(title, ["budget", *at_most, "uniform keep ratio", *uniform_costs], rows))
 
 
 if __name__ == "__main__":

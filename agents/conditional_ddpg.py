@@ -58,7 +58,7 @@ from agents.planner import Plan, Planner, Rehearsal
 from agents.replay import EpisodeReplay, TargetBaseline
 from agents.searcher import EpisodeEnd, check_spaces
 from cacp.checkpoint import pack, unpack
-from cacp.schema import UserError
+from cacp.schema import UserError, listed
 
 WARMUP_EPISODES = 15  # random
 NEW_TARGET = 0.05  # a target that differs by more from all before begins with the even share
@@ -314,11 +314,15 @@ class ConditionalDDPG(DDPG):
         Raises:
             UserError: for other tensors.
         """
-        expected = self.policy_state().keys()
-        if tensors.keys() != expected:
+        expected = self.policy_state()
+        wrong = sorted(expected.keys() ^ tensors.keys()) or [
+            name for name, tensor in expected.items() if not _is_like(tensors[name], tensor, name)
+        ]
+        if wrong or len(tensors["planner.ratios"]) != len(tensors["planner.returns"]):
             raise UserError(
-                f"an agent to ask must hold {', '.join(sorted(expected))}, but got {', '.join(sorted(tensors))}; "
-                "another version saved it: search again"
+                f"an agent to ask must hold {', '.join(sorted(expected))}, finite and of this network's shapes, but "
+                f"differs in {listed(wrong, ', ') or 'the number of episodes'}; another version or network saved it: "
+                "search again"
             )
         parts: dict[str, dict[str, torch.Tensor]] = {"actor": {}, "planner": {}}
         for name, tensor in tensors.items():
@@ -326,6 +330,14 @@ class ConditionalDDPG(DDPG):
             parts[part][own] = tensor
         self.actor.load_state_dict(parts["actor"])
         self._planner.load_knowledge(parts["planner"])
+
+
+def _is_like(tensor: torch.Tensor, own: torch.Tensor, name: str) -> bool:
+    """Whether a tensor from a file can stand for an own one; there may be any number of episodes."""
+    if tensor.dtype != own.dtype or tensor.dim() != own.dim() or not torch.isfinite(tensor).all():
+        return False
+    first = 1 if name in ("planner.ratios", "planner.returns") else 0
+    return tensor.shape[first:] == own.shape[first:]
 
 
 class _Outcome(BaseCallback):

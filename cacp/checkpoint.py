@@ -23,11 +23,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor
 
+from cacp.parsing import LARGEST_JSON, parse_json, read_text
 from cacp.schema import UserError, dump_json
 
 NEWEST = "checkpoint.safetensors"
 PREVIOUS = "checkpoint.previous.safetensors"
-_DAMAGE = (OSError, SafetensorError, ValueError, RuntimeError)
+TEMPORARY = r"\..+\.\d+\.\d+\.tmp"  # names of files that are being written
+_DAMAGE = (OSError, SafetensorError, ValueError, RuntimeError, OverflowError)
+# What taking over a state raises that is whole, but not of this model or agent.
+UNFIT = (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, OverflowError)
 
 
 class SavedState(NamedTuple):
@@ -101,18 +105,14 @@ def save_json(path: str | Path, data: Any) -> None:
     write_atomically(path, text)
 
 
-def load_json(path: str | Path, required: Sequence[str] = ()) -> Any:
-    """Read a JSON file; with `required`, an object that has at least these keys.
+def load_json(path: str | Path, shape: Any = None) -> Any:
+    """Read a JSON file of a `shape` (see `cacp.parsing.check_shape`).
 
     Raises:
-        UserError: naming the file, when it is missing, unreadable, not JSON, or lacks a key.
+        UserError: naming the file, when it is missing, unreadable, too large, not JSON, or of another shape.
     """
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-        missing = [key for key in required if not isinstance(data, dict) or key not in data]
-        if missing:
-            raise ValueError(f"it lacks {', '.join(missing)}")
-        return data
+        return parse_json(read_text(Path(path), LARGEST_JSON), shape)
     except FileNotFoundError as error:
         raise UserError(f"path must be a JSON file, but {path} does not exist; check the name of the folder") from error
     except (OSError, ValueError) as error:
@@ -145,9 +145,9 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
         raise UserError(f"path must be a safetensors file, but {path} does not exist; check the name of the folder")
     try:
         return _read(Path(path))[0]
-    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+    except _DAMAGE as error:
         raise UserError(
-            f"path must be a whole safetensors file, but {path} is damaged or truncated: {error}; "
+            f"path must be a whole safetensors file, but {path} is damaged or truncated: {error!s:.300}; "
             "copy or download it again, or write it again with the command that made it"
         ) from error
 
@@ -216,7 +216,7 @@ def load_state(folder: str | Path) -> SavedState | None:
     Raises:
         UserError: when there are checkpoints but none is whole.
     """
-    present = [path for path in (Path(folder) / NEWEST, Path(folder) / PREVIOUS) if path.exists()]
+    present = [path for path in (Path(folder) / NEWEST, Path(folder) / PREVIOUS) if path.is_file()]
     damaged: list[str] = []
     for path in present:
         try:
@@ -253,7 +253,7 @@ def _read_checked(path: Path) -> SavedState:
     found = _checksum(tensors, metadata["data"])
     if found != metadata["sha256"]:
         raise ValueError(f"its checksum is {found}, but {metadata['sha256']} was written")
-    return SavedState(tensors, json.loads(metadata["data"]))
+    return SavedState(tensors, parse_json(metadata["data"]))
 
 
 class PackedState(NamedTuple):

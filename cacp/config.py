@@ -7,6 +7,7 @@ command knows is an error. Every setting says which stage it shapes: a run whose
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
@@ -18,6 +19,7 @@ import yaml
 
 from cacp.checkpoint import write_atomically
 from cacp.experiment import FINETUNE, IDENTITY, MACHINE, METHOD_OPTIONS, POLICY, TRAINING, Experiment
+from cacp.parsing import LARGEST_YAML, parse_settings, read_text
 from cacp.ranges import kept_fraction, macs_target, quantile
 from cacp.schema import COSTS, UserError
 
@@ -29,6 +31,7 @@ _LISTS = {
     "ignore": "[layer1.*]",
 }
 _ALIASES = {"quantiles": ["--quantile", "--sweep"]}
+LONGEST_NAME = 100  # characters that are compared
 _BUDGET = {"targets", "quantiles", *COSTS}
 _COMMAND_STAGES = {
     "pretrain": (IDENTITY, TRAINING),
@@ -173,12 +176,12 @@ def _read_files(paths: Sequence[str]) -> list[dict[str, Any]]:
     found = []
     for path in paths:
         try:
-            settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            settings = parse_settings(read_text(Path(path), LARGEST_YAML))
+        except (OSError, ValueError) as error:
             raise UserError(f"config {path} cannot be read: {error}; known experiments are in configs/") from error
-        if not isinstance(settings, dict):
-            raise UserError(f"config {path} must hold lines like `episodes: 900`, but got {settings!r:.60}")
-        wrong = [
+        known = [item.name for item in dataclasses.fields(Experiment)]
+        wrong = [f"there is no setting {key!r}{_near(key, known)}" for key in settings if key not in known]
+        wrong += [
             f"{key} must be a list like {example}, but got {settings[key]!r}"
             for key, example in _LISTS.items()
             if settings.get(key) is not None and not isinstance(settings[key], list)
@@ -187,6 +190,11 @@ def _read_files(paths: Sequence[str]) -> list[dict[str, Any]]:
             raise UserError(f"config {path}: " + "; ".join(wrong))
         found.append(settings)
     return found
+
+
+def _near(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name[:LONGEST_NAME], known, n=1)
+    return f", near is {near[0]}" if near else ""
 
 
 def experiment_from(namespace: jsonargparse.Namespace) -> Experiment:
@@ -213,7 +221,7 @@ def save_config(experiment: Experiment, begun: bool) -> None:
     """Write the run folder's config.yaml; a run that has begun keeps its own data folder and device."""
     path, values = experiment.folder / "config.yaml", _plain_values(experiment)
     if begun:
-        there = yaml.safe_load(path.read_text(encoding="utf-8"))
+        there = _own_settings(path)
         values.update({key: there[key] for key in stage_keys([MACHINE]) if key in there})
     write_atomically(path, yaml.safe_dump(values, sort_keys=False))
 
@@ -232,15 +240,18 @@ def differences(experiment: Experiment, keys: Sequence[str], folder: Path) -> li
     path = folder / "config.yaml"
     if not path.is_file():
         return []
-    try:
-        there = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}; restore it, or use another --output") from error
-    if not isinstance(there, dict):
-        raise UserError(f"{path} is not a run's settings; use another --output")
+    there = _own_settings(path)
     here = _plain_values(experiment)
     there = _plain({item.name: item.default for item in dataclasses.fields(Experiment)}) | there  # of an older version
     return [f"{key}: {there[key]!r} -> {here[key]!r}" for key in keys if there[key] != here[key]]
+
+
+def _own_settings(path: Path) -> dict[str, Any]:
+    """What a run folder's config.yaml holds."""
+    try:
+        return parse_settings(read_text(path, LARGEST_YAML))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}; restore it, or use another --output") from error
 
 
 def _plain_values(experiment: Experiment) -> dict[str, Any]:

@@ -17,7 +17,16 @@ from cacp.models import build_model
 from cacp.models.weights import fetch_published, load_weights, published_weights_of
 from cacp.schema import Normalisation, UserError
 
-DENSE_KEYS = ("sha256", "split_sha256", "mean", "std", "classes", "trained_on", "validation_top1", "validation_unseen")
+DENSE_RESULT = {
+    "sha256": str,
+    "split_sha256": str,
+    "mean": [float],
+    "std": [float],
+    "classes": [str],
+    "trained_on": str,
+    "validation_top1": float,
+    "validation_unseen": bool,
+}
 
 
 @dataclass(frozen=True)
@@ -84,8 +93,8 @@ def _given(experiment: Experiment, splits: Splits) -> _Weights:
         result_path = path / "dense" / "result.json"
         if not result_path.is_file():
             raise UserError(f"weights {path} is a folder, but holds no run with a dense model (dense/result.json)")
-        result = load_json(result_path, DENSE_KEYS)
-        normalisation = Normalisation(tuple(result["mean"]), tuple(result["std"]))
+        result = load_json(result_path, DENSE_RESULT)
+        normalisation = _normalisation(result, result_path)
         unseen = result["validation_unseen"] and result["split_sha256"] == fingerprint(splits)
         return _Weights(path / "dense" / "model.safetensors", normalisation, result["trained_on"], unseen)
     if experiment.mean is None or experiment.std is None:
@@ -130,7 +139,7 @@ def load_dense(experiment: Experiment, splits: Splits, device: torch.device) -> 
     path = experiment.folder / "dense" / "result.json"
     if not path.is_file():
         raise UserError(f"{experiment.folder} has no dense model yet; run pretrain.py with the same settings first")
-    result = load_json(path, DENSE_KEYS)
+    result = load_json(path, DENSE_RESULT)
     classes = tuple(result["classes"])
     if classes != splits.train.classes:
         raise UserError(
@@ -151,12 +160,24 @@ def load_dense(experiment: Experiment, splits: Splits, device: torch.device) -> 
     load_weights(model, weights)
     return DenseModel(
         model=model.to(device).to(memory_format=torch.channels_last).eval(),
-        normalisation=Normalisation(tuple(result["mean"]), tuple(result["std"])),
+        normalisation=_normalisation(result, path),
         classes=classes,
         image_shape=splits.train.image_shape,
         validation_top1=result["validation_top1"],
         validation_unseen=result["validation_unseen"],
     )
+
+
+def _normalisation(result: dict[str, Any], path: Path) -> Normalisation:
+    """Of a dense/result.json.
+
+    Raises:
+        UserError: for one that images cannot be normalised by.
+    """
+    mean, std = tuple(result["mean"]), tuple(result["std"])
+    if not (len(mean) == len(std) > 0 and all(one > 0 for one in std)):
+        raise UserError(f"{path} must hold a mean and a std above 0 for each channel; restore it, or train again")
+    return Normalisation(mean, std)
 
 
 def checked_top1(model: nn.Module, splits: Splits, normalisation: Normalisation) -> float:

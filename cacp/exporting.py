@@ -6,6 +6,8 @@ a function of the caller's), sliced to the keep counts, and filled from safetens
 
 from __future__ import annotations
 
+import copy
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,10 +24,13 @@ from cacp.graph import trace
 from cacp.models import build_model
 from cacp.models.weights import load_weights
 from cacp.own import is_own
-from cacp.schema import ChannelGroups, Cost, Normalisation, Policy, UserError
+from cacp.parsing import check_shape, shortened
+from cacp.schema import ChannelGroups, Cost, Normalisation, Policy, UserError, listed
 from cacp.slicing import slice_model
 
 FORMAT = 1
+LONGEST_SIDE, LARGEST_IMAGE = 2**14, 2**25  # pixels; numbers of an image, 128 MiB
+MOST_CLASSES = 50_000  # twice ImageNet-21k's
 ARCHITECTURE, WEIGHTS = "architecture.json", "model.safetensors"
 
 
@@ -67,34 +72,53 @@ class Architecture:
             UserError: naming the file and what is wrong with it.
         """
         try:
-            if data["format"] != FORMAT:
-                raise ValueError(f"format must be {FORMAT}, but got {data['format']!r}")
-            channels, height, width = (int(size) for size in data["input_shape"])
+            check_shape(data, _ARCHITECTURE_FILE)
+            _check_sizes(data)
             normalisation = data["normalisation"]
             return cls(
-                model=str(data["model"]),
-                classes=tuple(str(name) for name in data["classes"]),
-                input_shape=(channels, height, width),
-                normalisation=Normalisation(
-                    tuple(float(value) for value in normalisation["mean"]),
-                    tuple(float(value) for value in normalisation["std"]),
-                ),
-                scope=str(data["scope"]),
-                keep_counts={str(name): _whole(count) for name, count in data["keep_counts"].items()},
-                cost=Cost(int(data["cost"]["macs"]), int(data["cost"]["params"])),
-                dense_cost=Cost(int(data["dense_cost"]["macs"]), int(data["dense_cost"]["params"])),
+                model=data["model"],
+                classes=tuple(data["classes"]),
+                input_shape=tuple(data["input_shape"]),
+                normalisation=Normalisation(*(tuple(map(float, normalisation[key])) for key in ("mean", "std"))),
+                scope=data["scope"],
+                keep_counts=dict(data["keep_counts"]),
+                cost=Cost(data["cost"]["macs"], data["cost"]["params"]),
+                dense_cost=Cost(data["dense_cost"]["macs"], data["dense_cost"]["params"]),
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (ValueError, OverflowError) as error:
             raise UserError(
-                f"{source} does not describe a pruned model: {type(error).__name__}: {error}; "
-                "write it again with export.py"
+                f"{source} does not describe a pruned model: {error}; write it again with export.py"
             ) from error
 
 
-def _whole(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"a keep count must be a whole number, but got {value!r}")
-    return value
+_COST = {"macs": int, "params": int}
+_ARCHITECTURE_FILE = {
+    "format": int,
+    "model": str,
+    "classes": [str],
+    "input_shape": [int],
+    "normalisation": {"mean": [float], "std": [float]},
+    "scope": str,
+    "keep_counts": {str: int},
+    "cost": _COST,
+    "dense_cost": _COST,
+}
+
+
+def _check_sizes(data: dict[str, Any]) -> None:
+    """Refuse what no such model has, before memory is asked for it."""
+    if data["format"] != FORMAT:
+        raise ValueError(f"format must be {FORMAT}, but got {shortened(data['format'])}")
+    shape, (mean, std) = data["input_shape"], (data["normalisation"][key] for key in ("mean", "std"))
+    if len(shape) != 3 or not all(1 <= size <= LONGEST_SIDE for size in shape) or math.prod(shape) > LARGEST_IMAGE:
+        raise ValueError(
+            f"input_shape must be channels, height and width, each from 1 to {LONGEST_SIDE}, and {LARGEST_IMAGE} "
+            f"numbers at most in all, but got {shortened(shape)}"
+        )
+    if not len(mean) == len(std) == shape[0] or not all(one > 0 for one in std):
+        raise ValueError(f"normalisation must have a mean and a std above 0 for each of {shape[0]} channels")
+    if len(data["classes"]) > MOST_CLASSES:
+        raise ValueError(f"classes must be at most {MOST_CLASSES}, but got {len(data['classes'])}")
 
 
 def save_pruned(folder: str | Path, model: nn.Module, architecture: Architecture) -> None:
@@ -123,11 +147,16 @@ def load_pruned(folder: str | Path, build: Callable[[], nn.Module] | None = None
     architecture = load_architecture(folder)
     if build is None and is_own(architecture.model):
         raise UserError(
-            f"{folder} holds a network of one's own, {architecture.model}, and nothing that a file names is imported; "
-            "give load_pruned(folder, build=function), where function() returns the unpruned network"
+            f"{folder} holds a network of one's own, {architecture.model:.80}, and nothing that a file names is "
+            "imported; give load_pruned(folder, build=function), where function() returns the unpruned network"
         )
-    dense = build() if build else build_model(architecture.model, len(architecture.classes), seed=0)
-    groups = trace(dense, torch.zeros(1, *architecture.input_shape), architecture.scope)
+    if build:
+        dense = traced = build()
+    else:  # traced without computing: a file may ask for images of any size
+        dense = build_model(architecture.model, len(architecture.classes), seed=0)
+        traced = copy.deepcopy(dense).to("meta")
+    example = torch.zeros(1, *architecture.input_shape, device=device_of(traced))
+    groups = trace(traced, example, architecture.scope)
     model = slice_model(dense, groups, _any_policy(groups, architecture.keep_counts, folder))
     load_weights(model, Path(folder) / WEIGHTS)
     return model.eval()
@@ -141,12 +170,12 @@ def _any_policy(groups: ChannelGroups, keep_counts: Mapping[str, int], folder: s
     """
     channels = {group.name: group.channels for group in groups.prunable}
     wrong = [
-        f"{name}: {count} (of {channels.get(name, 'no such group')})"
+        f"{name!s:.80}: {shortened(count)} (of {channels.get(name, 'no such group')})"
         for name, count in keep_counts.items()
         if not 1 <= count <= channels.get(name, 0)
     ]
     if wrong:
-        raise UserError(f"{folder}: these keep counts do not fit the model: {', '.join(wrong)}; export it again")
+        raise UserError(f"{folder}: these keep counts do not fit the model: {listed(wrong, ', ')}; export it again")
     return Policy({name: tuple(range(count)) for name, count in {**channels, **keep_counts}.items()}, "loaded")
 
 

@@ -6,6 +6,7 @@ The file is the truth: a resumed search reads it back, up to the episode of its 
 from __future__ import annotations
 
 import csv
+import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -43,6 +44,8 @@ class Episode(NamedTuple):
     def from_row(cls, row: dict[str, str]) -> Episode:
         whole = {key: int(row[key]) for key in ("episode", "macs", "params")}
         real = {key: float(row[key]) for key in ("target", "reward", "top1", "loss", "probability", "seconds")}
+        if not all(map(math.isfinite, real.values())):
+            raise ValueError(f"numbers must be finite, but got {row!s:.300}")
         counts = tuple(int(count) for count in row["counts"].split("-"))
         return cls(**whole, **real, source=row["source"], counts=counts)  # type: ignore[arg-type]
 

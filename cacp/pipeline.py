@@ -14,7 +14,8 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -33,7 +34,9 @@ from cacp.evaluation import device_of, resolve_precision
 from cacp.experiment import IDENTITY, POLICY, TRAINING, Experiment
 from cacp.exporting import load_architecture, load_pruned
 from cacp.graph import trace
+from cacp.history import Episode
 from cacp.importance import channel_importance, channel_orders
+from cacp.locking import is_fresh, only_writer
 from cacp.models import build_model
 from cacp.own import is_own
 from cacp.parallel import following_processes
@@ -88,17 +91,26 @@ def _failed(message: str, status: int = 2) -> int:
 # run folder -----------------------------------------------------------------------------------------------------------
 
 
-def open_run(experiment: Experiment) -> None:
-    """Create the run folder, or go on with it; writes config.yaml and environment.json.
+@contextmanager
+def open_run(experiment: Experiment) -> Iterator[None]:
+    """Hold the run folder, a new one or one to go on with, for writing; writes config.yaml and environment.json.
 
     Raises:
-        UserError: if the folder holds something else, or stages made with other settings.
+        UserError: if the folder holds something else, or stages made with other settings, or is in use.
     """
     folder = experiment.folder
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output {folder} is a file; choose another --output")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.yaml").is_file():
+    if folder.is_dir() and not is_fresh(folder) and not (folder / "config.yaml").is_file():
         raise UserError(f"output {folder} is not empty and holds no run (no config.yaml); choose another --output")
+    with only_writer(folder):
+        _begin(experiment)
+        yield
+
+
+def _begin(experiment: Experiment) -> None:
+    """Refuse other settings than those of stages that are done or begun, and write the present ones down."""
+    folder = experiment.folder
     made = {
         IDENTITY: ("dense/result.json", "dense/checkpoint"),
         TRAINING: ("dense/result.json", "dense/checkpoint"),
@@ -112,7 +124,7 @@ def open_run(experiment: Experiment) -> None:
 
 def _record_environment(path: Path, entry: dict[str, Any]) -> None:
     """Add an entry to the list of environments and commands that made a run, unless it is there."""
-    entries = load_json(path) if path.is_file() else []
+    entries = load_json(path, [{}]) if path.is_file() else []
     if entry not in entries:
         save_json(path, [*entries, entry])
 
@@ -371,6 +383,18 @@ class Ranked:
 
     def score(self, counts: tuple[int, ...]) -> Score:
         return self.bench.scorer(self.policy(counts))
+
+    def recall(self, episodes: Iterable[Episode], path: Path) -> None:
+        """Take over the scores of episodes that were read from `path`: no policy is scored twice over a resume.
+
+        Raises:
+            UserError: if they are not of this network.
+        """
+        for episode in episodes:
+            counts, score, number = episode.candidate
+            if not self.bench.cost_model.fits(counts, score.cost):
+                raise UserError(f"{path}: episode {number} is not of this network; restore it or use another --output")
+            self.bench.scorer.remember(self.policy(counts), score)
 
     def rescore(self, counts: tuple[int, ...]) -> Score:
         return self.bench.rescorer(self.policy(counts))

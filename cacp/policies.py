@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from cacp.checkpoint import load_json, save_json, save_tensors, sha256
-from cacp.schema import PolicyRecord, UserError
+from cacp.schema import PolicyRecord, UserError, listed
 
 
 def save_policy(folder: Path, record: PolicyRecord, weights: Mapping[str, Tensor] | None = None) -> None:
@@ -39,7 +39,15 @@ def load_policies(folder: Path) -> list[PolicyRecord]:
         )
     if not paths:
         raise UserError(f"{folder} holds no policies; run search.py or prune.py on it first")
-    return [PolicyRecord.from_json(load_json(path), str(path)) for path in paths]
+    records = [PolicyRecord.from_json(load_json(path), str(path)) for path in paths]
+    wrong = [
+        f"{path} is for {record.budget.name}"
+        for path, record in zip(paths, records, strict=True)
+        if record.budget.name != path.stem
+    ]
+    if wrong:
+        raise UserError(f"a policy file must have the name of its budget, but {listed(wrong, ', ')}; rename or delete")
+    return records
 
 
 def missing_policies(folder: Path, names: Sequence[str], method: str) -> list[str]:

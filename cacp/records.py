@@ -12,15 +12,38 @@ from pathlib import Path
 from stable_baselines3.common.logger import Logger
 
 from agents import EpisodeEnd, Searcher
-from cacp.checkpoint import save_state
+from cacp.checkpoint import UNFIT, load_state, save_state
 from cacp.cost import CostModel
 from cacp.history import Candidate, Episode, History, tradeoff
 from cacp.profiling import Profile
-from cacp.reporting import ProgressLine, log_best_policy, log_episode, save_tradeoff, search_logger
-from cacp.schema import ChannelGroups, Cost
+from cacp.reporting import ProgressLine, console, log_best_policy, log_episode, save_tradeoff, search_logger
+from cacp.schema import ChannelGroups, Cost, UserError
 from envs import EpisodeResult
 
 CHECKPOINT_EPISODES = 10  # a kill loses at most so many episodes
+
+
+def resume(folder: Path, agent: Searcher, episodes: int) -> int:
+    """How many episodes the checkpoint of a search has finished, after which the agent goes on; 0 without one.
+
+    Raises:
+        UserError: for a checkpoint that is damaged, or not of this search.
+    """
+    saved = load_state(folder / "checkpoint")
+    if saved is None:
+        return 0
+    try:
+        finished = saved.data["episode"]
+        if not isinstance(finished, int) or not 0 < finished <= episodes:
+            raise ValueError(f"episode {finished!r:.80} of {episodes}")
+        agent.load_state(saved.tensors, saved.data["agent"])
+    except UNFIT as error:
+        raise UserError(
+            f"the checkpoint in {folder / 'checkpoint'} is not of this search: {type(error).__name__}: {error!s:.300}; "
+            f"delete {folder} to search again"
+        ) from error
+    console.print(f"going on after episode {finished} of {episodes}")
+    return finished
 
 
 def play(

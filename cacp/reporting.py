@@ -18,14 +18,16 @@ from stable_baselines3.common.logger import Figure as LoggedFigure
 from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
 from torch.utils.tensorboard import SummaryWriter
 
+from cacp.budget import BudgetWalk, check_reachable, reachable_fractions, uniform_counts
 from cacp.checkpoint import save_csv, write_atomically
+from cacp.cost import CostModel
 from cacp.history import Candidate, Episode
 from cacp.policies import load_policies
 from cacp.profiling import Profile
-from cacp.schema import ChannelGroups, Cost
+from cacp.schema import Budget, ChannelGroups, Cost
 from cacp.training import EpochRecord
 
-console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 120)
 _LINES = 10  # progress lines of a command whose output is no terminal
 
 
@@ -180,6 +182,32 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
     for row in rows:
         result.add_row(*(str(cell) for cell in row))
     return result
+
+
+def show_reachable(groups: ChannelGroups, cost_model: CostModel, budgets: Sequence[Budget]) -> None:
+    """A table of what can be reached, before the first episode; a budget that can't be is refused."""
+    for budget in budgets:
+        check_reachable(cost_model, budget)
+    for name in groups.unknown:
+        console.print(f"not known to trace, kept whole: {name}")
+    dense, least = cost_model.dense, reachable_fractions(cost_model)
+    costs = list(budgets[0].targets)  # the same for all
+    rows = [
+        [
+            budget.name,
+            *(millions(int(target * getattr(dense, cost))) for cost, target in budget.targets.items()),
+            f"{BudgetWalk(cost_model, budget).even_ratio():.3f}",
+            *(millions(getattr(uniform, cost)) for cost in costs),
+        ]
+        for budget in budgets
+        for uniform in [cost_model.cost(uniform_counts(cost_model, budget))]
+    ]
+    title = (
+        f"{len(groups.prunable)} prunable groups; dense {millions(dense.macs)} MACs, {millions(dense.params)} "
+        f"parameters; reachable: {', '.join(f'{cost} {least[cost]:.3f} to 1' for cost in costs)}"
+    )
+    at_most, uniform_costs = ([form.format(cost) for cost in costs] for form in ("{} at most", "uniform {}"))
+    console.print(table(title, ["budget", *at_most, "uniform keep ratio", *uniform_costs], rows))
 
 
 def show_policies(folder: Path, names: Sequence[str]) -> None:

@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from cacp.parsing import check_shape, shortened
+
 COSTS = ("macs", "params")
 TARGET_TOLERANCE = (
     0.005  # a policy uses a target up when its cost lies in [target - tolerance, target] of the dense cost
@@ -22,6 +24,15 @@ TARGET_TOLERANCE = (
 
 class UserError(ValueError):
     """A mistake of the caller's; the message names the parameter, the rule, the received value and the remedy."""
+
+
+def listed(wrong: Sequence[str], separator: str = "\n  ", most: int = 50) -> str:
+    """All that is wrong, for a message; a file that is wrong in thousands of places does not fill the screen.
+
+    >>> listed(["a", "b", "c"], ", ", most=2)
+    'a, b and 1 more'
+    """
+    return separator.join(wrong[:most]) + (f" and {len(wrong) - most} more" if len(wrong) > most else "")
 
 
 class Normalisation(NamedTuple):
@@ -184,14 +195,14 @@ class Budget:
 
     def __post_init__(self) -> None:
         wrong = [
-            f"{cost}={target!r}"
+            f"{cost!s:.80}={shortened(target)}"
             for cost, target in self.targets.items()
             if cost not in COSTS or isinstance(target, bool) or not _is_fraction(target)
         ]
         if wrong or not self.targets:
             raise UserError(
                 f"a budget maps {' or '.join(COSTS)} to the kept fraction of the dense cost, in (0, 1], "
-                f"but got {', '.join(wrong) or 'no target'}; macs 0.5 keeps at most half of the MACs"
+                f"but got {listed(wrong, ', ') or 'no target'}; macs 0.5 keeps at most half of the MACs"
             )
 
     @property
@@ -206,7 +217,7 @@ class Budget:
 
 
 def _is_fraction(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value) and 0 < value <= 1
+    return isinstance(value, int | float) and 0 < value <= 1
 
 
 def _decimals(target: float) -> str:
@@ -237,12 +248,12 @@ class Policy:
         """
         prunable = {group.name: group for group in groups.prunable}
         wrong = [f"{name}: missing" for name in prunable if name not in self.keep]
-        wrong += [f"{name}: not a prunable group" for name in self.keep if name not in prunable]
+        wrong += [f"{name!s:.80}: not a prunable group" for name in self.keep if name not in prunable]
         for name, indices in self.keep.items():
             fault = _fault(indices, prunable[name]) if name in prunable else ""
-            wrong += [f"{name}: {fault}, got {indices!r:.80}"] if fault else []
+            wrong += [f"{name!s:.80}: {fault}, got {shortened(indices)}"] if fault else []
         if wrong:
-            raise UserError("the policy does not fit the model:\n  " + "\n  ".join(wrong))
+            raise UserError("the policy does not fit the model:\n  " + listed(wrong))
 
 
 def _fault(indices: Sequence[int], group: ChannelGroup) -> str:
@@ -255,7 +266,7 @@ def _fault(indices: Sequence[int], group: ChannelGroup) -> str:
     return ""
 
 
-def _is_sorted_subset(indices: Sequence[int], channels: int) -> bool:
+def _is_sorted_subset(indices: Sequence[int], channels: float) -> bool:
     whole = all(isinstance(index, int) and not isinstance(index, bool) for index in indices)
     return (
         bool(indices)
@@ -264,6 +275,22 @@ def _is_sorted_subset(indices: Sequence[int], channels: int) -> bool:
         and indices[-1] < channels
         and all(a < b for a, b in itertools.pairwise(indices))
     )
+
+
+_SCORE = {"top1": float, "loss": float, "probability": float}
+_POLICY_FILE = {
+    "budget": {str: float},
+    "method": str,
+    "episode": int,
+    "scope": str,
+    "weights_sha256": str,
+    "details": {str: float},
+    "criterion": str,
+    "cost": {"macs": int, "params": int},
+    "score": _SCORE,
+    "search_score": _SCORE,
+    "keep": {str: [int]},
+}
 
 
 @dataclass(frozen=True)
@@ -307,24 +334,26 @@ class PolicyRecord:
             UserError: naming `source` and the entry that is missing or of the wrong kind.
         """
         try:
-            cost = Cost(int(data["cost"]["macs"]), int(data["cost"]["params"]))
+            check_shape(data, _POLICY_FILE)
+            wrong = [name for name, indices in data["keep"].items() if not _is_sorted_subset(indices, math.inf)]
+            if wrong:
+                raise ValueError(f"kept indices must be sorted, different and at least 0, but not in {listed(wrong)}")
+            cost = Cost(data["cost"]["macs"], data["cost"]["params"])
             scores = [Score.from_json(data[key], cost) for key in ("score", "search_score")]
-            keep = {str(name): tuple(indices) for name, indices in data["keep"].items()}
             return cls(
-                policy=Policy(keep, str(data["criterion"])),
-                budget=Budget(dict(data["budget"])),
+                policy=Policy({name: tuple(indices) for name, indices in data["keep"].items()}, data["criterion"]),
+                budget=Budget(data["budget"]),
                 score=scores[0],
                 search_score=scores[1],
-                method=str(data["method"]),
-                episode=int(data["episode"]),
-                scope=str(data["scope"]),
-                weights_sha256=str(data["weights_sha256"]),
-                details={str(name): float(value) for name, value in data["details"].items()},
+                method=data["method"],
+                episode=data["episode"],
+                scope=data["scope"],
+                weights_sha256=data["weights_sha256"],
+                details={name: float(value) for name, value in data["details"].items()},
             )
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (ValueError, OverflowError) as error:
             raise UserError(
-                f"{source} is not a policy file: {type(error).__name__}: {error}; "
-                "write it again with search.py or prune.py"
+                f"{source} is not a policy file: {error}; write it again with search.py or prune.py"
             ) from error
 
 

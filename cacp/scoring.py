@@ -121,8 +121,15 @@ class PolicyScorer:
     def _repair(self) -> Repair:
         return Repair(self._model, self._groups, self._calibration.float())
 
+    def remember(self, policy: Policy, score: Score) -> None:
+        """Take over the score of a policy from an earlier run of the same search."""
+        self._scores[self._key(policy)] = score
+
+    def _key(self, policy: Policy) -> tuple[tuple[int, ...], ...]:
+        return tuple(tuple(policy.keep[group.name]) for group in self._groups.prunable)
+
     def __call__(self, policy: Policy) -> Score:
-        key = tuple(tuple(policy.keep[group.name]) for group in self._groups.prunable)
+        key = self._key(policy)
         if key not in self._scores:
             self._scores[key] = self._score(policy, self._cost_model.cost([len(indices) for indices in key]))
         return self._scores[key]

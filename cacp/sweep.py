@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +12,8 @@ from typing import NamedTuple
 from cacp.checkpoint import load_json, save_csv
 from cacp.reporting import new_figure, save_figure
 from cacp.schema import UserError
+
+_NAME = re.compile(r"macs-[01]\.\d+")
 
 
 class SweepRow(NamedTuple):
@@ -29,6 +33,8 @@ class SweepRow(NamedTuple):
     @classmethod
     def from_row(cls, row: dict[str, str]) -> SweepRow:
         values = {name: float(row[name]) for name in cls._fields if name != "policy"}
+        if not all(map(math.isfinite, values.values())) or not _NAME.fullmatch(row["policy"]):
+            raise ValueError(f"{row!s:.300} is no row of a sweep")
         return cls(policy=row["policy"], **values)
 
 
@@ -60,7 +66,7 @@ def save_sweep(folder: Path, rows: Sequence[SweepRow]) -> None:
     for row in rows:
         path = folder / "finetune" / row.policy / "result.json"
         if path.is_file():
-            results[row.policy] = load_json(path, ["test_top1", "seconds"])
+            results[row.policy] = load_json(path, {"test_top1": {"after": float}, "seconds": float})
     tuned = [row for row in rows if row.policy in results]
     seconds = [row.seconds + results.get(row.policy, {"seconds": 0.0})["seconds"] for row in rows]
     plots = {

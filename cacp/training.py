@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cacp.checkpoint import load_state, pack, save_state, unpack
+from cacp.checkpoint import UNFIT, SavedState, load_state, pack, save_state, unpack
 from cacp.data import ImageData
 from cacp.evaluation import check_batching, device_of, evaluate_data, resolve_precision
 from cacp.recipe import Recipe, moving_average, sgd_optimizer
@@ -96,6 +96,17 @@ class FitState:
         saved = load_state(folder)
         if saved is None:
             return
+        try:
+            self._take(saved, folder, settings)
+        except UserError:
+            raise
+        except UNFIT as error:
+            raise UserError(
+                f"the checkpoint in {folder} is not of a training: {type(error).__name__}: {error!s:.300}; "
+                "delete that folder to start anew"
+            ) from error
+
+    def _take(self, saved: SavedState, folder: Path, settings: dict[str, Any]) -> None:
         _check_settings(folder, saved.data["settings"], settings)
         state = unpack(saved.tensors, saved.data["structure"])
         model, optimizer, average = self.learner.model, self.learner.optimizer, self.learner.average

@@ -113,10 +113,21 @@ def test_policy_record_round_trip() -> None:
     ("key", "value", "text"),
     [
         ("budget", {"macs": 3}, "but got macs=3"),
-        ("cost", None, "TypeError"),
-        ("keep", [1], "AttributeError"),
-        ("score", {"top1": 1}, "KeyError: 'loss'"),
-        ("episode", "first", "ValueError"),
+        ("budget", {"../../macs": 0.5}, "but got ../../macs=0.5"),
+        ("budget", {"macs": 10**400}, "but got macs=1000"),
+        ("cost", None, "cost must be an object, but got None"),
+        ("cost", {"macs": 1.5, "params": 1}, "macs must be a whole number, but got 1.5"),
+        ("keep", [1], "keep must be an object, but got [1]"),
+        ("keep", {"a": "0123"}, "a must be a list, but got '0123'"),
+        (
+            "keep",
+            {"a": [0, 1], "b": [2, 1], "c": [1, 1], "d": [-1], "e": []},
+            "at least 0, but not in b\n  c\n  d\n  e",
+        ),
+        ("keep", {"a": [0, math.nan]}, "an entry of a must be a whole number, but got nan"),
+        ("score", {"top1": 1}, "score lacks loss"),
+        ("score", {"top1": 10**400, "loss": 1, "probability": 1}, "int too large to convert to float"),
+        ("episode", "first", "episode must be a whole number, but got 'first'"),
     ],
 )
 def test_damaged_policy_file_is_named_with_its_fault(key: str, value: object, text: str) -> None:
@@ -129,7 +140,7 @@ def test_policy_file_without_an_entry_is_refused() -> None:
     for key in record().to_json().keys() - {"keep_counts"}:
         data = record().to_json()
         del data[key]
-        with pytest.raises(UserError, match=f"KeyError: '{key}'"):
+        with pytest.raises(UserError, match=f"it lacks {key};"):
             PolicyRecord.from_json(data, "p.json")
 
 

@@ -105,6 +105,15 @@ class CostModel:
         macs, params = self.costs(np.asarray(counts, dtype=np.float64))
         return Cost(round(macs), round(params))
 
+    def fits(self, counts: Sequence[int], cost: Cost) -> bool:
+        """Whether these are keep counts of the model's groups, and what they cost."""
+        channels = self.channels.tolist()
+        return (
+            len(counts) == len(channels)
+            and all(1 <= count <= most for count, most in zip(counts, channels, strict=True))
+            and self.cost(counts) == cost
+        )
+
 
 def _polynomial(groups: ChannelGroups, names: Sequence[str]) -> defaultdict[tuple[int, ...], np.ndarray]:
     """Macs and params as a polynomial of the counts: (2,) coefficients of products of none, one or two groups' counts,

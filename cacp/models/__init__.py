@@ -57,7 +57,9 @@ def build_model(name: str, classes: int, seed: int | None = None, importing: boo
     """
     wrong = [fault] if (fault := wrong_name(name, importing)) else []
     if isinstance(classes, bool) or not isinstance(classes, int) or classes < 2:
-        wrong.append(f"classes must be a whole number from 2 up, but got {classes!r}; count the classes of the data")
+        wrong.append(
+            f"classes must be a whole number from 2 up, but got {classes!r:.80}; count the classes of the data"
+        )
     if wrong:
         raise UserError("\n".join(wrong))
     if seed is None:
@@ -86,5 +88,5 @@ def wrong_name(name: str, importing: bool) -> str:
     """What is wrong with a model's name; empty for nothing. `importing`: as for `build_model`."""
     if name in MODEL_NAMES or (importing and is_own(name)):
         return ""
-    near = ", ".join(difflib.get_close_matches(name, MODEL_NAMES, n=4, cutoff=0.5))
-    return f"model must be {MODEL_HELP}, but got {name!r}" + (f"; near: {near}" if near else "")
+    near = ", ".join(difflib.get_close_matches(name[:100], MODEL_NAMES, n=4, cutoff=0.5))
+    return f"model must be {MODEL_HELP}, but got {name!r:.100}" + (f"; near: {near}" if near else "")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import http.client
 import urllib.request
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,10 +20,11 @@ import torchvision
 from torch import Tensor, nn
 
 from cacp.checkpoint import load_tensors, sha256, write_atomically
-from cacp.schema import Normalisation, UserError
+from cacp.schema import Normalisation, UserError, listed
 
 _FRAME = ([224], [256], Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))  # crop, shorter side
 _AUXILIARY_HEADS = ("googlenet",)  # published with them, built without
+_REAL = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SUFFIXES = (".safetensors", ".pt", ".pth", ".th")
 DOWNLOAD_TIMEOUT_S = 30
 _BASE_URL = "https://github.com/akamaster/pytorch_resnet_cifar10/raw/master/pretrained_models/"
@@ -151,16 +153,21 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         for name, tensor in state.items()
         if name in expected and tensor.shape != expected[name].shape
     ]
+    wrong += [
+        f"wrong type: {name} {tensor.dtype}, the model has {expected[name].dtype}"
+        for name, tensor in state.items()
+        if name in expected and (tensor.dtype in _REAL) != (expected[name].dtype in _REAL)
+    ]
     if wrong:
         raise UserError(
             f"weights must fit the model key by key, but {path} does not:\n  "
-            + "\n  ".join(wrong)
+            + listed(wrong)
             + "\ncheck that model and number of classes are those that the weights were trained with"
         )
     infinite = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
     if infinite:
         raise UserError(
-            f"weights must be finite, but {path} has NaN or infinity in {', '.join(infinite)}; "
+            f"weights must be finite, but {path} has NaN or infinity in {listed(infinite, ', ')}; "
             "the training that wrote it diverged: take an earlier file, or train with a smaller learning rate"
         )
     model.load_state_dict(state, strict=False)  # not strict only because of num_batches_tracked
@@ -175,7 +182,7 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     others = (
-        [f"{name} ({type(value).__name__})" for name, value in content.items() if not isinstance(value, Tensor)]
+        [f"{name!s:.80} ({type(value).__name__})" for name, value in content.items() if not _is_weight(name, value)]
         if isinstance(content, Mapping)
         else [type(content).__name__]
     )
@@ -188,8 +195,17 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in content.items()}
 
 
+def _is_weight(name: Any, value: Any) -> bool:
+    return isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided
+
+
 def _read_torch(path: Path) -> Any:
+    """A file of torch.save, by PyTorch's reader that builds nothing but tensors and plain containers."""
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                    raise ValueError("a compressed file, which torch.save does not write")  # and may be any size
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes make the unpickler raise anything at all
         reason = (str(error).splitlines() or [""])[0]
