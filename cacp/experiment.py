@@ -26,7 +26,7 @@ from cacp.schema import COSTS, Budget, UserError
 # What a setting shapes: who the dense model is and which images judge it, how networks are trained, the policies, the
 # fine-tuning, or nothing but where and on what a command runs.
 IDENTITY, TRAINING, POLICY, FINETUNE, MACHINE = "identity", "training", "policy", "finetune", "machine"
-LARGEST_SEED = 2**32 - 1
+LARGEST_NUMBER, MOST_WORKERS = 2**32 - 1, 1024
 TARGETS = (0.3, 0.5, 0.7)  # the paper's
 
 
@@ -228,14 +228,13 @@ def _wrong_numbers(experiment: Experiment) -> list[str]:
     )
     for key in (*positive, "pretrain_lr", "finetune_lr", "method_lr", "min_keep"):
         value = getattr(experiment, key)
-        if value is not None and not (math.isfinite(value) and value > 0):
+        if value is not None and not 0 < value < math.inf:
             wrong.append(f"{key} must be above 0, but got {value}")
     for key in ("seed", "warmup_episodes", "crop_padding", "weight_decay", "workers"):
         value = getattr(experiment, key)
-        if value is not None and not (math.isfinite(value) and value >= 0):
+        if value is not None and not 0 <= value < math.inf:
             wrong.append(f"{key} must be at least 0, but got {value}")
-    if experiment.seed > LARGEST_SEED:
-        wrong.append(f"seed must be at most {LARGEST_SEED}, but got {experiment.seed}")
+    wrong += _too_large(experiment)
     if experiment.image_size is not None and experiment.image_size < 8:
         wrong.append(f"image_size must be at least 8 pixels, but got {experiment.image_size}")
     if (experiment.mean is None) != (experiment.std is None):
@@ -247,6 +246,16 @@ def _wrong_numbers(experiment: Experiment) -> list[str]:
                 f"{key} must be three numbers in [{least:g}, 1] (of images in [0, 1], not 0 to 255), got {values}"
             )
     return wrong
+
+
+def _too_large(experiment: Experiment) -> list[str]:
+    """Whole numbers that nothing here can count to."""
+    most = {item.name: LARGEST_NUMBER for item in dataclasses.fields(experiment)} | {"workers": MOST_WORKERS}
+    return [
+        f"{name} must be at most {largest}, but got {value}"
+        for name, largest in most.items()
+        if isinstance(value := getattr(experiment, name), int) and value > largest
+    ]
 
 
 def _wrong_options(experiment: Experiment) -> list[str]:

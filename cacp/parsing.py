@@ -14,9 +14,9 @@ from typing import Any
 import yaml
 
 LARGEST_JSON = 2**23  # bytes; parsed, these become at most some hundred megabytes
-LARGEST_YAML = 2**16  # bytes: PyYAML takes a second for these
+LARGEST_YAML = 2**15  # bytes: PyYAML takes seconds for these
 DEEPEST = 100  # levels
-LONGEST_SETTING = 4096  # characters: a path
+LONGEST_SETTING, LONGEST_LIST = 4096, 1000  # characters of a path; values
 _SHORT = Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 _SHORT.maxlist = _SHORT.maxtuple = 20
@@ -146,11 +146,8 @@ def parse_settings(text: str) -> dict[str, Any]:
         ValueError: for anything else.
     """
     try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise ValueError("settings have no aliases (*name)")
+        _check_events(text)
         settings = yaml.safe_load(text)
-    except RecursionError as error:
-        raise ValueError("it is nested too deep") from error
     except _YAML_DAMAGE as error:
         raise ValueError(f"{error!s:.300}") from error
     if not isinstance(settings, dict):
@@ -161,8 +158,18 @@ def parse_settings(text: str) -> dict[str, Any]:
     return settings
 
 
+def _check_events(text: str) -> None:
+    """Refuse aliases and depth event by event: PyYAML itself would take minutes, or all memory."""
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > 2 or isinstance(event, yaml.AliasEvent):
+            raise ValueError("settings are names with values or lists of values, without aliases (*name)")
+
+
 def _is_setting(key: Any, value: Any) -> bool:
-    return isinstance(key, str) and all(_is_plain(one) for one in (value if isinstance(value, list) else [value]))
+    values = value if isinstance(value, list) else [value]
+    return isinstance(key, str) and len(values) <= LONGEST_LIST and all(map(_is_plain, values))
 
 
 def _is_plain(value: Any) -> bool:

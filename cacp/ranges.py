@@ -6,6 +6,8 @@ import math
 from argparse import ArgumentTypeError
 from collections.abc import Sequence
 
+MOST_STEPS = 1000  # of a range of quantiles
+
 
 def quantile(text: float | str) -> float | str:
     """A quantile, or LOW:HIGH:STEP as it is written.
@@ -23,6 +25,8 @@ def quantile(text: float | str) -> float | str:
         ) from error
     if not (0 < step < math.inf and -math.inf < low <= high < math.inf):
         raise ArgumentTypeError(f"LOW:HIGH:STEP must rise by a STEP above 0, like 0.3:0.7:0.1, but got {text!r}")
+    if (high - low) / step > MOST_STEPS:
+        raise ArgumentTypeError(f"LOW:HIGH:STEP must have at most {MOST_STEPS} steps, but got {text!r}")
     return f"{low:g}:{high:g}:{step:g}"
 
 
