@@ -194,8 +194,12 @@ def save_state(folder: str | Path, tensors: Mapping[str, Tensor], data: Any) -> 
     newest = Path(folder) / NEWEST
     temporary = _write_temporary(newest, content)
     # The new file is whole on disk before the old one moves: a crash in between leaves `PREVIOUS`, which loads.
-    if newest.exists() and not _damage(newest):  # a damaged one must not push out the one that loads
-        os.replace(newest, newest.with_name(PREVIOUS))
+    try:
+        if newest.exists() and not _damage(newest):  # a damaged one must not push out the one that loads
+            os.replace(newest, newest.with_name(PREVIOUS))
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     _move(temporary, newest)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -168,9 +169,10 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save_figure(path: Path, figure: Figure) -> None:
-    """Write a figure as SVG."""
+    """Write a figure as SVG, the same bytes for the same figure."""
     image = io.StringIO()
-    figure.savefig(image, format="svg", metadata={"Date": None})
+    with matplotlib.rc_context({"svg.hashsalt": "cacp"}):
+        figure.savefig(image, format="svg", metadata={"Date": None})
     write_atomically(path, image.getvalue())
 
 

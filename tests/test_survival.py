@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -40,30 +39,19 @@ KILLS = 4  # of each of them
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 @pytest.mark.parametrize("name", SEARCHES)
 def test_a_search_killed_at_random_moments_ends_in_the_same_bits(finished: Path, tmp_path: Path, name: str) -> None:
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    arguments = [*TINY, f"--episodes={EPISODES}", f"--weights={finished}", *SEARCHES[name], "--output"]
-    process = begun(whole, *arguments)
-    start_time = time.monotonic()
-    out, err = process.communicate(timeout=500)
-    assert process.returncode == 0, out + err
-    seconds = time.monotonic() - start_time
-    kills, moments = 0, random.Random(name)
-    while kills < KILLS:
-        process = begun(broken, *arguments)
-        try:
-            out, err = process.communicate(timeout=moments.uniform(0, seconds))
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
-            kills += 1
-            continue
-        assert process.returncode == 0, out + err
-        assert_same_search(whole, broken)
-        shutil.rmtree(broken)  # it was faster than the next kill: once more
-    run("search", *arguments, broken)
-    assert_same_search(whole, broken)
+    arguments = [*TINY, f"--episodes={EPISODES}", f"--weights={finished}", *SEARCHES[name]]
+    line = [sys.executable, "tests/killed_search.py", tmp_path, KILLS, name, *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.run(list(map(str, line)), cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert "Traceback" not in process.stderr
+    broken = sorted(tmp_path.glob("broken-*"))
+    assert len(broken) >= 1
+    for folder in broken:
+        assert_same_search(tmp_path / "whole", folder)
 
 
 def begun(folder: Path, *arguments: object) -> subprocess.Popen[str]:
@@ -116,12 +104,16 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 SAVES = """
 import os, random, signal, sys, time, warnings
+os.fsync = lambda file: None  # slow, and no matter of a kill
 import torch
 from cacp.checkpoint import load_state, save_state
 
 warnings.simplefilter("error")  # a torn checkpoint would be one
 torch.set_num_threads(1)
 save_state(sys.argv[1], {"x": torch.zeros(100_000)}, {"count": 0})
+start = time.monotonic()
+save_state(sys.argv[1], {"x": torch.zeros(100_000)}, {"count": 0})
+seconds = time.monotonic() - start
 moments, last = random.Random(0), 0
 for kill in range(25):
     child = os.fork()
@@ -129,7 +121,7 @@ for kill in range(25):
         while True:
             last += 1
             save_state(sys.argv[1], {"x": torch.full((100_000,), float(last))}, {"count": last})
-    time.sleep(moments.uniform(0.005, 0.05))
+    time.sleep(seconds * moments.uniform(0.5, 4))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     state = load_state(sys.argv[1])
@@ -144,7 +136,7 @@ def test_a_checkpoint_killed_at_random_moments_is_always_whole(tmp_path: Path) -
     line = [sys.executable, "-c", SAVES, str(tmp_path / "run")]
     process = subprocess.run(line, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
-    assert int(process.stdout) > 10
+    assert int(process.stdout) > 5
 
 
 # a full file system ---------------------------------------------------------------------------------------------------
