@@ -14,9 +14,10 @@ from stable_baselines3.common.logger import Logger
 from agents import EpisodeEnd, Searcher
 from cacp.checkpoint import save_state
 from cacp.cost import CostModel
+from cacp.figures import save_tradeoff
 from cacp.history import Candidate, Episode, History, tradeoff
 from cacp.profiling import Profile
-from cacp.reporting import ProgressLine, log_best_policy, log_episode, save_tradeoff, search_logger
+from cacp.reporting import ProgressLine, log_best_policy, log_episode, search_logger
 from cacp.schema import ChannelGroups, Cost
 from envs import EpisodeResult
 

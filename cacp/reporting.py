@@ -1,16 +1,13 @@
-"""What a person sees: progress on the screen, tables, TensorBoard, figures."""
+"""What a person sees of a running command: progress on the screen, tables, TensorBoard."""
 
 from __future__ import annotations
 
-import io
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -18,11 +15,12 @@ from stable_baselines3.common.logger import Figure as LoggedFigure
 from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
 from torch.utils.tensorboard import SummaryWriter
 
-from cacp.checkpoint import save_csv, write_atomically
-from cacp.history import Candidate, Episode
+from cacp.checkpoint import save_csv
+from cacp.figures import policy_figure
+from cacp.history import Episode
 from cacp.policies import load_policies
 from cacp.profiling import Profile
-from cacp.schema import ChannelGroups, Cost
+from cacp.schema import ChannelGroups
 from cacp.training import EpochRecord
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
@@ -119,59 +117,6 @@ def log_best_policy(logger: Logger, groups: ChannelGroups, budget: str, episode:
     logger.record(f"target {budget}/best policy", LoggedFigure(figure, close=True), exclude=("stdout", "csv"))
 
 
-def policy_figure(groups: ChannelGroups, counts: Sequence[int], title: str) -> Figure:
-    """Bars of the kept channels of every prunable group, in front of all of them."""
-    prunable = groups.prunable
-    figure = new_figure(9, 3.2)
-    axes = figure.subplots()
-    positions = range(len(prunable))
-    axes.bar(positions, [group.channels for group in prunable], color="#d9dde3", label="channels")
-    axes.bar(positions, counts, color="#2563a8", label="kept")
-    axes.set_xticks(positions, [group.name for group in prunable], rotation=90, fontsize=7)
-    axes.set_title(title, fontsize=10)
-    axes.legend(fontsize=8, frameon=False)
-    return figure
-
-
-def save_tradeoff(folder: Path, front: Sequence[Candidate], dense: Cost) -> None:
-    """Write the trade-off curve of a search: tradeoff.csv, a row a policy, and tradeoff.svg.
-
-    Args:
-        folder: of the search.
-        front: from `cacp.history.tradeoff`.
-        dense: cost of the dense model.
-    """
-    kept = [one.score.cost.macs / dense.macs for one in front]
-    rows = [
-        [f"{part:.6f}", one.score.cost.macs, *one.score[:3], one.episode] for part, one in zip(kept, front, strict=True)
-    ]
-    save_csv(folder / "tradeoff.csv", [["macs_kept", "macs", "top1", "loss", "probability", "episode"], *rows])
-    figure = new_figure(6, 4)
-    axes = figure.subplots()
-    lines = {"probability of the true class, which picks the policy": "probability", "top-1 of that policy": "top1"}
-    for (label, number), colour in zip(lines.items(), ("#2563a8", "#b45309"), strict=True):
-        values = [100 * getattr(one.score, number) for one in (*front, front[-1])]
-        axes.step([*kept, 1.0], values, where="post", color=colour, label=label)
-    axes.set_xlabel("MACs kept at most")
-    axes.set_ylabel("on the validation images, before fine-tuning, %")
-    axes.legend(frameon=False)
-    save_figure(folder / "tradeoff.svg", figure)
-
-
-def new_figure(width: float, height: float) -> Figure:
-    """An empty figure, inches; matplotlib's windows and global state stay out of it."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def save_figure(path: Path, figure: Figure) -> None:
-    """Write a figure as SVG."""
-    image = io.StringIO()
-    figure.savefig(image, format="svg", metadata={"Date": None})
-    write_atomically(path, image.getvalue())
-
-
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
     """A table for the console; the first column to the left, the others to the right."""
     result = Table(title=title, title_justify="left")
@@ -212,6 +157,19 @@ def show_profile(profile: Profile) -> None:
 def percent(fraction: float) -> str:
     """A fraction in [0, 1] as percent with two decimals."""
     return f"{100 * fraction:.2f}"
+
+
+def duration(seconds: float) -> str:
+    """A time in the two largest units that it has.
+
+    >>> duration(7384.0)
+    '2 h 3 min'
+    """
+    whole = max(0, round(seconds))
+    hours, minutes = whole // 3600, whole % 3600 // 60
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {whole % 60} s" if minutes else f"{whole} s"
 
 
 def millions(count: int) -> str:

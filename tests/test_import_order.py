@@ -22,8 +22,9 @@ RANKS = {
     "cacp.slicing": 3, "cacp.repair": 3, "cacp.fusion": 3, "cacp.evaluation": 3, "cacp.training": 3,
     "cacp.steps": 3, "cacp.recipe": 3, "cacp.history": 3,
     "cacp.scoring": 4, "cacp.exporting": 4,
-    "cacp.methods": 5, "cacp.reporting": 5, "envs": 5, "agents": 5,
+    "cacp.methods": 5, "cacp.figures": 5, "cacp.reporting": 5, "envs": 5, "agents": 5,
     "cacp.experiment": 6, "cacp.config": 6, "cacp.dense": 6, "cacp.records": 6, "cacp.sweep": 6, "cacp.pipeline": 6,
+    "cacp.runfolder": 6, "cacp.page": 6,
 }  # fmt: skip
 ENTRY_POINT_RANK = 7
 
@@ -73,7 +74,7 @@ def imported(name: str) -> Iterator[str]:
 def test_every_module_has_a_rank_and_every_rank_a_module() -> None:
     units = {unit(name) for name in FILES if not is_command(name)}
     assert units == set(RANKS)
-    assert {"search", "prune", "export", "finetune", "pretrain"} <= set(FILES)
+    assert {"search", "prune", "export", "finetune", "pretrain", "report"} <= set(FILES)
 
 
 @pytest.mark.parametrize("name", FILES)
