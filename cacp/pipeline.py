@@ -11,6 +11,7 @@ import itertools
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -34,6 +35,7 @@ from cacp.experiment import IDENTITY, POLICY, TRAINING, Experiment
 from cacp.exporting import load_architecture, load_pruned
 from cacp.graph import trace
 from cacp.importance import channel_importance, channel_orders
+from cacp.interrupts import Interrupted, interruptible
 from cacp.models import build_model
 from cacp.own import is_own
 from cacp.parallel import following_processes
@@ -53,19 +55,21 @@ _PACKAGES = ("torch", "torchvision", "gymnasium", "stable-baselines3", "numpy", 
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run an entry point: a mistake of the user's or a full disk ends in one message and exit status 2.
+    """Run an entry point: a mistake of the user's or a full disk ends in one message and exit status 2, Ctrl-C and
+    SIGTERM in the command that goes on and 128 + the signal's number.
 
     Of the processes that torchrun starts the first one runs it, the others train with it (`cacp.parallel`).
     """
     threading.excepthook = _quiet_about_files
     try:
-        with following_processes() as first:
+        with interruptible(), following_processes() as first:
             if first:
                 main()
     except UserError as error:
         sys.exit(_failed(str(error)))
-    except KeyboardInterrupt:
-        sys.exit(_failed("interrupted; the same command goes on from the last checkpoint", status=130))
+    except Interrupted as error:
+        again = shlex.join(["python", *sys.argv])
+        sys.exit(_failed(f"{error}; the same command goes on: {again}", status=128 + error.number))
     except (MemoryError, torch.OutOfMemoryError) as error:
         sys.exit(_failed(f"out of memory: {error}; lower --batch_size or --validation_images, or use --device cpu"))
     except OSError as error:
@@ -81,7 +85,8 @@ def _quiet_about_files(arguments: threading.ExceptHookArgs) -> None:
 
 
 def _failed(message: str, status: int = 2) -> int:
-    sys.stderr.write(f"error: {message}\n")
+    if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun has started only the first one speaks
+        sys.stderr.write(f"{'' if status > 128 else 'error: '}{message}\n")
     return status
 
 

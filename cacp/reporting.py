@@ -8,9 +8,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Console, Group, RenderableType
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.table import Table
+from rich.text import Text
 from stable_baselines3.common.logger import Figure as LoggedFigure
 from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
 from torch.utils.tensorboard import SummaryWriter
@@ -28,8 +37,8 @@ _LINES = 10  # progress lines of a command whose output is no terminal
 
 
 class ProgressLine:
-    """A progress bar with the time left on a terminal; elsewhere a line after the first and the tenth step and every
-    tenth of the work.
+    """A progress bar with the time left on a terminal, and below it how the work stands; elsewhere a line after the
+    first and the tenth step and every tenth of the work.
 
     Args:
         title: of the work.
@@ -40,8 +49,7 @@ class ProgressLine:
     def __init__(self, title: str, total: int, done: int = 0) -> None:
         self._title, self._total, self._first, self._done = title, total, done, done
         self._start = time.monotonic()
-        columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
-        self._bar = Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
+        self._bar = _Bar(disable=not console.is_terminal)
         self._task = self._bar.add_task(title, total=total, completed=done)
 
     def __enter__(self) -> ProgressLine:
@@ -54,12 +62,34 @@ class ProgressLine:
     def advance(self, status: str, seconds: float | None = None) -> None:
         """One step more; `status` says how it stands, `seconds` what a step takes where that is known better."""
         self._done += 1
-        self._bar.update(self._task, advance=1, description=f"{self._title} {status}")
+        now = time.monotonic()
         share, steps = max(1, self._total // _LINES), self._done - self._first
+        left = (seconds or (now - self._start) / steps) * (self._total - self._done)
+        self._bar.status = status
+        self._bar.update(self._task, advance=1, ends=now + left)
         if not console.is_terminal and (steps in (1, 10) or self._done % share == 0 or self._done == self._total):
-            spent = time.monotonic() - self._start
-            left = (seconds or spent / steps) * (self._total - self._done)
-            console.print(f"{self._title} {self._done}/{self._total} {status}, {left:.0f} s left")
+            console.print(f"{self._title} {self._done}/{self._total} {status}, {duration(left)} left", soft_wrap=True)
+
+
+class _Left(ProgressColumn):
+    """The time left, by the estimate at the last step: rich's own forgets steps that take minutes."""
+
+    def render(self, task: Task) -> Text:
+        ends = task.fields.get("ends")
+        return Text("" if ends is None else f"{duration(ends - time.monotonic())} left", style="progress.remaining")
+
+
+class _Bar(Progress):
+    """A bar with a line of text below it, which wraps where the window is narrow."""
+
+    def __init__(self, disable: bool) -> None:
+        self.status = ""
+        columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), _Left())
+        super().__init__(*columns, console=console, disable=disable)
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        yield Text(self.status)
 
 
 def track_training(records: Iterator[EpochRecord], epochs: int, folder: Path, title: str) -> list[EpochRecord]:
@@ -117,14 +147,14 @@ def log_best_policy(logger: Logger, groups: ChannelGroups, budget: str, episode:
     logger.record(f"target {budget}/best policy", LoggedFigure(figure, close=True), exclude=("stdout", "csv"))
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
-    """A table for the console; the first column to the left, the others to the right."""
-    result = Table(title=title, title_justify="left")
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Group:
+    """A table for the console, its title over it; the first column to the left, the others to the right."""
+    result = Table()
     for position, column in enumerate(columns):
-        result.add_column(column, justify="left" if position == 0 else "right", no_wrap=True)
+        result.add_column(Text(column), justify="left" if position == 0 else "right", no_wrap=True)
     for row in rows:
-        result.add_row(*(str(cell) for cell in row))
-    return result
+        result.add_row(*(Text(str(cell)) for cell in row))
+    return Group(Text(title, style="italic"), result)
 
 
 def show_policies(folder: Path, names: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("cacp", "envs", "agents")
 RANKS = {
     "cacp.schema": 0, "cacp.own": 0, "cacp.checkpoint": 0, "cacp.profiling": 0, "cacp.schedules": 0, "cacp.ranges": 0,
-    "cacp.spaces": 0, "cacp.operators": 0, "cacp.batchnorm": 0,
+    "cacp.spaces": 0, "cacp.interrupts": 0, "cacp.operators": 0, "cacp.batchnorm": 0,
     "cacp.models": 1, "cacp.propagation": 1, "cacp.graph": 1, "cacp.cost": 1, "cacp.reward": 1, "cacp.policies": 1,
     "cacp.parallel": 1,
     "cacp.gram": 2, "cacp.gfi": 2, "cacp.reconstruction": 2, "cacp.budget": 2, "cacp.importance": 2, "cacp.data": 2,
