@@ -37,7 +37,7 @@ LATENCY_BATCHES = (1, 64)  # images
 
 
 def main() -> None:
-    experiment = experiment_from(parse("export", "Write the pruned models of a run.", sys.argv[1:], run_argument=True))
+    experiment = experiment_from(parse("export", __doc__, sys.argv[1:], run_argument=True))
     select_device(experiment.device)
     check_run(experiment)
     records = load_policies(experiment.folder)

@@ -39,8 +39,7 @@ from cacp.training import EpochRecord, chosen_epoch, fit
 
 
 def main() -> None:
-    description = "Fine-tune the exported models of a run."
-    experiment = experiment_from(parse("finetune", description, sys.argv[1:], run_argument=True))
+    experiment = experiment_from(parse("finetune", __doc__, sys.argv[1:], run_argument=True))
     device = select_device(experiment.device)
     exports = [experiment.folder / "export" / record.budget.name for record in load_policies(experiment.folder)]
     missing = [export.name for export in exports if not (export / "report.json").is_file()]
@@ -62,6 +61,7 @@ def main() -> None:
     if rows := load_sweep(experiment.folder):
         save_sweep(experiment.folder, rows)
     show_results({name: load_json(folder / "result.json") for name, folder in folders.items()}, experiment.folder)
+    console.print(f"look at it: python report.py {experiment.folder}")
 
 
 def is_done(folder: Path, export: Path, recipe: Recipe) -> bool:

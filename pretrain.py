@@ -22,7 +22,7 @@ from cacp.training import chosen_epoch, fit
 
 
 def main() -> None:
-    experiment = experiment_from(parse("pretrain", "Make the dense model of a run.", sys.argv[1:]))
+    experiment = experiment_from(parse("pretrain", __doc__, sys.argv[1:]))
     device = select_device(experiment.device)
     open_run(experiment)
     folder = experiment.folder / "dense"

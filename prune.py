@@ -27,7 +27,7 @@ from cacp.sweep import SweepRow, load_sweep, save_sweep
 
 
 def main() -> None:
-    experiment = experiment_from(parse("prune", "Prune by a method without episodes.", sys.argv[1:]))
+    experiment = experiment_from(parse("prune", __doc__, sys.argv[1:]))
     select_device(experiment.device)
     open_run(experiment)
     if experiment.quantiles:

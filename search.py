@@ -45,7 +45,7 @@ RESCORED = 10  # best policies of a target that are scored again: maxima over no
 
 
 def main() -> None:
-    namespace = parse("search", "Search pruning policies for all targets in one run.", sys.argv[1:])
+    namespace = parse("search", __doc__, sys.argv[1:])
     experiment = experiment_from(namespace)
     if experiment.quantiles:
         raise UserError("quantiles are for prune.py --method gfi_ap; give search.py --targets, or --macs and --params")
@@ -98,7 +98,7 @@ def search(experiment: Experiment, ranked: Ranked, budgets: list[Budget], profil
         console.print(f"going on after episode {finished} of {experiment.episodes}")
     history = History(folder / "episodes.csv", bench.cost_model.dense, budgets, finished)
     with profile.phase("environment and actions"):
-        play(folder, experiment.episodes, bench.groups, agent, history, profile)
+        play(folder, experiment.episodes, bench.groups, agent, history, profile, experiment.search_settings)
     with profile.phase("scoring again"):
         if isinstance(agent, ConditionalDDPG):
             save_tensors(folder / "agent" / "networks.safetensors", agent.policy_state())

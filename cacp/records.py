@@ -6,19 +6,20 @@ Its folder holds episodes.csv, TensorBoard events, and a checkpoint of the agent
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from stable_baselines3.common.logger import Logger
 
 from agents import EpisodeEnd, Searcher
 from cacp.checkpoint import save_state
 from cacp.cost import CostModel
-from cacp.figures import save_tradeoff
+from cacp.figures import save_tradeoff, tradeoff_figure
 from cacp.history import Candidate, Episode, History, tradeoff
 from cacp.interrupts import Interrupted, finishing_first
 from cacp.profiling import Profile
-from cacp.reporting import ProgressLine, log_best_policy, log_episode, search_logger
+from cacp.reporting import ProgressLine, log_best_policy, log_episode, log_settings, log_tradeoff, search_logger
 from cacp.schema import ChannelGroups, Cost
 from envs import EpisodeResult
 
@@ -26,9 +27,15 @@ CHECKPOINT_EPISODES = 10  # a kill loses at most so many episodes
 
 
 def play(
-    folder: Path, episodes: int, groups: ChannelGroups, agent: Searcher, history: History, profile: Profile
+    folder: Path,
+    episodes: int,
+    groups: ChannelGroups,
+    agent: Searcher,
+    history: History,
+    profile: Profile,
+    settings: Mapping[str, Any],
 ) -> None:
-    """Play what is left of `episodes`, and write each down in `folder`.
+    """Play what is left of `episodes`, and write each down in `folder`; `settings` of the run go to TensorBoard.
 
     Raises:
         Interrupted: after the episode, saved, in which the user asked to stop.
@@ -36,6 +43,8 @@ def play(
     finished = len(history.episodes)
     logger = search_logger(folder, finished + 1)
     agent.set_logger(logger)
+    if not finished:
+        log_settings(logger, settings, groups, history.budgets)
     with ProgressLine("search", episodes, finished) as progress, finishing_first("episode") as request:
         records = Records(folder, episodes, groups, agent, history, logger, progress, profile)
 
@@ -76,6 +85,7 @@ class Records:
         self._profile = profile
         self._clock = time.monotonic()
         self._shown: dict[str, tuple[int, ...]] = {}  # best policies whose figure is in TensorBoard
+        self._front: list[Candidate] = []  # the trade-off curve that is there
 
     def add(self, end: EpisodeEnd, save: bool = False) -> None:
         """Take a finished episode, its updates included; `save` it now, whatever its number."""
@@ -101,6 +111,10 @@ class Records:
             if self._shown.get(name) != best.counts:
                 self._shown[name] = best.counts
                 log_best_policy(self._logger, self._groups, name, best)
+        front = tradeoff(one.candidate for one in self._history.episodes) if figures else self._front
+        if front != self._front:
+            self._front = front
+            log_tradeoff(self._logger, tradeoff_figure(front, self._cost_model.dense))
         self._logger.dump(episode.episode)
 
 

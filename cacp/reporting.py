@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
 from rich.console import Console, Group, RenderableType
 from rich.progress import (
     BarColumn,
@@ -21,7 +22,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 from stable_baselines3.common.logger import Figure as LoggedFigure
-from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
+from stable_baselines3.common.logger import HParam, Logger, TensorBoardOutputFormat
 from torch.utils.tensorboard import SummaryWriter
 
 from cacp.checkpoint import save_csv
@@ -139,6 +140,23 @@ def log_episode(
     logger.record("search/reward", episode.reward)
     for name, count, whole in zip(names, episode.counts, channels, strict=True):
         logger.record(f"keep {target}/{name}", count / whole)
+
+
+def log_settings(logger: Logger, settings: Mapping[str, Any], groups: ChannelGroups, budgets: Sequence[str]) -> None:
+    """Record, before the first episode, the settings of a search as text and as hyper-parameters, whose metrics are the
+    best top-1 of every budget, by its name; and the table of channel groups.
+    """
+    rows = "".join(f"\n| {key} | {value} |" for key, value in settings.items())
+    logger.record("search/settings", f"| setting | value |\n|---|---|{rows}", exclude=("stdout", "csv"))
+    logger.record("search/groups", "\n".join(f"    {line}" for line in str(groups).splitlines()))
+    plain = {key: value if isinstance(value, bool | int | float) else str(value) for key, value in settings.items()}
+    logger.record("hparams", HParam(plain, {f"target {name}/best top1": 0.0 for name in budgets}))
+    logger.dump(0)
+
+
+def log_tradeoff(logger: Logger, figure: Figure) -> None:
+    """Record the trade-off curve of the episodes so far."""
+    logger.record("search/trade-off", LoggedFigure(figure, close=True), exclude=("stdout", "csv"))
 
 
 def log_best_policy(logger: Logger, groups: ChannelGroups, budget: str, episode: Episode) -> None:

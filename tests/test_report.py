@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -265,7 +266,27 @@ def shot(page: str, picture: Path, width: int, *flags: str) -> str:
     return done.stdout
 
 
-@pytest.mark.skipif(BROWSER is None, reason=f"no browser: install one of {', '.join(BROWSERS)}, or set CHROMIUM")
+NEEDS_BROWSER = pytest.mark.skipif(
+    BROWSER is None, reason=f"no browser: install one of {', '.join(BROWSERS)}, or set CHROMIUM"
+)
+
+
+@pytest.mark.slow
+@NEEDS_BROWSER
+def test_tensorboard_shows_a_search_in_a_browser(finished: Path, tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "tensorboard.main", "--logdir", str(finished), "--port=0", "--load_fast=false"]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as board:
+        try:
+            assert board.stderr is not None
+            address = next(found[0] for line in board.stderr if (found := re.search(r"http://\S+", line)))
+            shown = shot(f"{address}#timeseries", tmp_path / "board.png", 1280)
+        finally:
+            board.terminate()
+    assert "agent/expected_return" in shown and "search/trade-off" in shown and "target macs-0.50" in shown
+    assert (tmp_path / "board.png").stat().st_size > 20_000
+
+
+@NEEDS_BROWSER
 @pytest.mark.parametrize(("width", "flags"), [(1280, ()), (500, ("--blink-settings=preferredColorScheme=0",))])
 def test_the_page_opens_in_a_browser(
     call: Call, finished: Path, tmp_path: Path, width: int, flags: tuple[str, ...]
