@@ -38,7 +38,7 @@ from cacp.importance import channel_importance, channel_orders
 from cacp.interrupts import Interrupted, interruptible
 from cacp.models import build_model
 from cacp.own import is_own
-from cacp.parallel import following_processes
+from cacp.parallel import following_processes, launched
 from cacp.profiling import Profile
 from cacp.recipe import Recipe
 from cacp.schema import ChannelGroups, Normalisation, Policy, Score, UserError
@@ -68,8 +68,8 @@ def run_command(main: Callable[[], None]) -> None:
     except UserError as error:
         sys.exit(_failed(str(error)))
     except Interrupted as error:
-        again = shlex.join(["python", *sys.argv])
-        sys.exit(_failed(f"{error}; the same command goes on: {again}", status=128 + error.number))
+        again = f": {shlex.join(['python', *sys.argv])}" if launched() == 1 else ""
+        sys.exit(_failed(f"{error}; the same command goes on{again}", status=128 + error.number))
     except (MemoryError, torch.OutOfMemoryError) as error:
         sys.exit(_failed(f"out of memory: {error}; lower --batch_size or --validation_images, or use --device cpu"))
     except OSError as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import math
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -78,10 +79,11 @@ class RunFolder:
         """macs and params of the dense model, as far as the folder says."""
         for model in self.models:
             for cost in (at(model.exported, "dense"), at(model.tuned, "dense_cost")):
-                if isinstance(cost, dict) and {"macs", "params"} <= cost.keys():
-                    return {key: int(cost[key]) for key in ("macs", "params")}
+                macs, params = number(cost, "macs"), number(cost, "params")
+                if macs and params:
+                    return {"macs": round(macs), "params": round(params)}
         last = self.front[-1] if self.front else {}
-        macs, kept = last.get("macs"), last.get("macs_kept")
+        macs, kept = number(last, "macs"), number(last, "macs_kept")
         return {"macs": round(macs / kept)} if macs and kept else {}
 
     @property
@@ -95,6 +97,12 @@ def at(data: Any, *keys: str) -> Any:
     for key in keys:
         data = data.get(key) if isinstance(data, Mapping) else None
     return data
+
+
+def number(data: Any, *keys: str) -> float | None:
+    """The number at an entry of nested mappings; None where there is none."""
+    found = at(data, *keys)
+    return float(found) if isinstance(found, int | float) and math.isfinite(found) else None
 
 
 def read_run(folder: Path) -> RunFolder:
@@ -117,7 +125,8 @@ def read_run(folder: Path) -> RunFolder:
     run.dense_bytes = _sizes(folder / "dense").get("model.safetensors")
     run.episodes = read(folder / "search" / "episodes.csv", _episodes, [])
     run.front = read(folder / "search" / "tradeoff.csv", _numbers, [])
-    run.profile = read.mapping(folder / "search" / "profile.json")
+    phases = read.mapping(folder / "search" / "profile.json")
+    run.profile = {name: seconds for name in phases if (seconds := number(phases, name))}
     run.models = [
         _model(read, folder, path.stem, record)
         for path in sorted((folder / "policies").glob("*.json"))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from running import Call
@@ -157,12 +158,16 @@ def test_names_of_files_cannot_inject_markup(call: Call, finished: Path, tmp_pat
 def test_a_page_needs_nothing_of_a_report_and_takes_more(call: Call, finished: Path, tmp_path: Path) -> None:
     folder = copied(finished, tmp_path)
     path = folder / "export" / "macs-0.30" / "report.json"
-    save_json(path, {"policy": load_json(path)["policy"]})
+    save_json(path, {"policy": load_json(path)["policy"], "dense": "none", "latency_ms": [1]})
+    save_json(folder / "environment.json", [{"commit": None}, {"packages": None, "command": "none"}])
+    save_json(folder / "search" / "profile.json", {"slicing": "long", "evaluation": 61.0})
+    save_json(folder / "finetune" / "macs-0.30" / "result.json", {"test_top1": {"after": "none"}, "test_images": None})
     path = folder / "export" / "macs-0.70" / "report.json"
     pair = {"dense": {"median": 8.0}, "pruned": {"median": 2.0, "more": [1]}}
     save_json(path, {**load_json(path), "onnx": {"latency_ms": {"batch 1": pair, "threads": 2}, "parity": True}})
     (folder / "export" / "macs-0.70" / "model.onnx").write_bytes(b"x" * 5000)
     words = Outline(reported(call, folder)).words
+    assert "evaluation1 min 1 s100.00" in words and "slicing" not in words
     assert "onnx batch 1, ms" in words and "4.00 × as fast, onnx batch 1" in words
     assert "export: 3 of 3" not in words
     (folder / "finetune" / "macs-0.70" / "result.json").unlink()
@@ -209,6 +214,8 @@ def test_runs_are_compared_and_what_cannot_be_compared_is_said(call: Call, finis
     top1 = load_json(uniform / "policies" / "macs-0.50.json")["score"]["top1"]
     assert re.search(rf"macs 0\.50, {uniform}uniform[^a-z]*{100 * top1:.2f}", words)
     assert f"{other} has other images than run" in words and f"{uniform} has" not in words
+    alone = " --method uniform --targets 0.3 0.5 0.7 --output "
+    assert alone in Outline(reported(call, folder)).words and alone not in words
     assert words.count(f"macs 0.30, {uniform}uniform") == 1  # named twice, taken once
 
 
@@ -279,11 +286,13 @@ def test_tensorboard_shows_a_search_in_a_browser(finished: Path, tmp_path: Path)
         try:
             assert board.stderr is not None
             address = next(found[0] for line in board.stderr if (found := re.search(r"http://\S+", line)))
-            shown = shot(f"{address}#timeseries", tmp_path / "board.png", 1280)
+            board_png = tmp_path / "board.png"
+            tags = ("agent/expected_return", "search/trade-off", "target macs-0.50/best top1")
+            shown = [shot(f"{address}?tagFilter={quote(tag)}#timeseries", board_png, 1280) for tag in tags]
         finally:
             board.terminate()
-    assert "agent/expected_return" in shown and "search/trade-off" in shown and "target macs-0.50" in shown
-    assert (tmp_path / "board.png").stat().st_size > 20_000
+    assert [f'title="{tag}"' in page for tag, page in zip(tags, shown, strict=True)] == [True] * 3
+    assert board_png.stat().st_size > 20_000
 
 
 @NEEDS_BROWSER

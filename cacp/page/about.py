@@ -87,15 +87,16 @@ def usage(run: RunFolder) -> Markup:
 def setup(run: RunFolder) -> Markup:
     """Settings, commands, versions and hardware."""
     rows = [[name, _plain(value)] for name, value in run.settings.items()]
-    commands = [shlex.join(["python", *map(str, entry.get("command", []))]) for entry in run.environments]
+    typed = [entry["command"] for entry in run.environments if isinstance(entry.get("command"), list)]
+    commands = [shlex.join(["python", *map(str, words)]) for words in typed]
     parts = [tag("pre", tag("code", "\n".join(dict.fromkeys(commands))))] if commands else []
-    facts = {**{key: value for key, value in run.dense.items() if key != "classes"}}
+    facts = {key: value for key, value in run.dense.items() if key != "classes"}
     parts.append(_fold("Settings", table("config.yaml", ["setting", "value"], rows, text=True)))
     if facts:
         listed = [[key, _plain(value)] for key, value in facts.items()]
         parts.append(_fold("Dense model", table("dense/result.json", ["entry", "value"], listed, text=True)))
     if run.environments:
-        machine = {**run.environments[-1], **at(run.environments[-1], "packages")}
+        machine = {**run.environments[-1], **(at(run.environments[-1], "packages") or {})}
         listed = [[key, _plain(value)] for key, value in machine.items() if key not in ("packages", "command")]
         parts.append(_fold("Machine and versions", table("of the last command", ["entry", "value"], listed, text=True)))
     return joined(parts)

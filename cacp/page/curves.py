@@ -10,7 +10,7 @@ from cacp.history import Episode
 from cacp.page.markup import Figures, Markup, joined, table, tag
 from cacp.page.result import caveats, comparison, kept_parts, policy_title
 from cacp.reporting import percent
-from cacp.runfolder import PrunedModel, Rows, RunFolder, at
+from cacp.runfolder import PrunedModel, Rows, RunFolder, number
 from cacp.sweep import sweep_figure
 
 BEFORE = "Before fine-tuning, held-out validation images"
@@ -22,9 +22,9 @@ def tradeoff(runs: Sequence[RunFolder], figures: Figures) -> Markup:
     """Top-1 over the MACs kept: all runs, before and after fine-tuning, and what the searches found."""
     run = runs[0]
     dense: dict[str, float | None] = {
-        AFTER: next((at(model.tuned, "test_top1", "dense") for model in run.models if model.tuned), None),
-        BEFORE: next((at(model.exported, "dense", "holdout_top1") for model in run.models if model.exported), None),
-        SEARCHED: run.dense.get("validation_top1"),
+        AFTER: next((number(model.tuned, "test_top1", "dense") for model in run.models if model.tuned), None),
+        BEFORE: next((number(model.exported, "dense", "holdout_top1") for model in run.models if model.exported), None),
+        SEARCHED: number(run.dense, "validation_top1"),
     }
     drawn = {
         AFTER: [_points(one, after=True) for one in runs],
@@ -49,7 +49,7 @@ def _points(run: RunFolder, after: bool) -> Series:
     """The pruned models of a run, by the MACs that they keep."""
     points = []
     for model in run.models:
-        top1 = at(model.tuned, "test_top1", "after") if after else model.record.score.top1
+        top1 = number(model.tuned, "test_top1", "after") if after else model.record.score.top1
         kept = kept_parts(run, model).get("MACs")
         if top1 is not None and kept:
             points.append((kept, 100 * top1))

@@ -8,7 +8,7 @@ from typing import Any
 
 from cacp.page.markup import Markup, joined, table, tag
 from cacp.reporting import millions, percent
-from cacp.runfolder import PrunedModel, RunFolder, at, command
+from cacp.runfolder import PrunedModel, RunFolder, at, command, number
 
 
 def answer(run: RunFolder) -> Markup:
@@ -16,7 +16,7 @@ def answer(run: RunFolder) -> Markup:
     if run.unstructured:
         return unstructured(run)
     if not run.models:
-        top1 = run.dense.get("validation_top1")
+        top1 = number(run.dense, "validation_top1")
         known = f"The dense model has {percent_of(top1)} % top-1 on validation images." if top1 is not None else ""
         return tag("p", f"No pruned model yet. {known}")
     timed = list(dict.fromkeys(name for model in run.models for name in latencies(model.exported)))
@@ -42,12 +42,12 @@ def latencies(report: Mapping[str, Any], path: tuple[str, ...] = ()) -> dict[str
 
 
 def _card(run: RunFolder, model: PrunedModel) -> Markup:
-    after, dense = at(model.tuned, "test_top1", "after"), at(model.tuned, "test_top1", "dense")
+    after, dense = number(model.tuned, "test_top1", "after"), number(model.tuned, "test_top1", "dense")
     if after is not None:
         top1, where = after, f"top-1 after fine-tuning, {model.tuned.get('test_images', '?')} test images"
     else:
         top1, where = model.record.score.top1, "top-1 before fine-tuning, validation images"
-        dense = at(model.exported, "dense", "holdout_top1")
+        dense = number(model.exported, "dense", "holdout_top1")
     lines = [where]
     if dense is not None:
         lines.append(f"{100 * (top1 - dense):+.2f} points to dense")
@@ -71,8 +71,8 @@ def kept_parts(run: RunFolder, model: PrunedModel) -> dict[str, float]:
 
 
 def _dense_row(run: RunFolder, timed: Sequence[str]) -> list[object]:
-    tops = [at(model.tuned, "test_top1", "dense") for model in run.models]
-    holdout = [at(model.exported, "dense", "holdout_top1") for model in run.models]
+    tops = [number(model.tuned, "test_top1", "dense") for model in run.models]
+    holdout = [number(model.exported, "dense", "holdout_top1") for model in run.models]
     measured = [latencies(model.exported) for model in run.models]
     times: list[object] = []
     for name in timed:
@@ -87,8 +87,8 @@ def _dense_row(run: RunFolder, timed: Sequence[str]) -> list[object]:
 
 
 def _model_row(run: RunFolder, model: PrunedModel, timed: Sequence[str]) -> list[object]:
-    tops = model.tuned.get("test_top1", {})
-    after, dense = at(tops, "after"), at(tops, "dense")
+    tops = at(model.tuned, "test_top1")
+    after, dense = number(tops, "after"), number(tops, "dense")
     gain = None if after is None or dense is None else f"{100 * (after - dense):+.2f}"
     cost, kept = model.record.score.cost, kept_parts(run, model)
     measured = latencies(model.exported)
@@ -98,16 +98,24 @@ def _model_row(run: RunFolder, model: PrunedModel, timed: Sequence[str]) -> list
         times += [f"{fast:.2f}", f"{slow / fast:.2f}"] if fast else [None, None]
     size = model.export_bytes.get("model.safetensors")
     return [
-        policy_title(model), percent_of(after), gain, percent_of(at(tops, "before")), percent(model.record.score.top1),
-        millions(cost.macs), percent_of(kept.get("MACs")), millions(cost.params), percent_of(kept.get("parameters")),
-        *times, megabytes(size),
-    ]  # fmt: skip
+        policy_title(model),
+        percent_of(after),
+        gain,
+        percent_of(number(tops, "before")),
+        percent(model.record.score.top1),
+        millions(cost.macs),
+        percent_of(kept.get("MACs")),
+        millions(cost.params),
+        percent_of(kept.get("parameters")),
+        *times,
+        megabytes(size),
+    ]
 
 
 def _images(run: RunFolder) -> str:
     """How sure the numbers are."""
     tested = next((model.tuned for model in run.models if model.tuned), {})
-    count, top1 = tested.get("test_images"), at(tested, "test_top1", "after")
+    count, top1 = tested.get("test_images"), number(tested, "test_top1", "after")
     kind = "test"
     if not count:
         count, kind = run.settings.get("validation_images"), "validation"
@@ -140,7 +148,7 @@ def comparison(runs: Sequence[RunFolder]) -> Markup:
         [
             f"{policy_title(model)}, {run.label}", model.record.method, percent_of(kept_parts(run, model).get("MACs")),
             percent_of(kept_parts(run, model).get("parameters")), percent(model.record.score.top1),
-            *(percent_of(at(model.tuned, "test_top1", key)) for key in ("before", "after")),
+            *(percent_of(number(model.tuned, "test_top1", key)) for key in ("before", "after")),
         ]
         for run in runs
         for model in run.models
@@ -154,12 +162,20 @@ def comparison(runs: Sequence[RunFolder]) -> Markup:
     other = f"{run.folder}_uniform"
     words = ("prune.py", "--config", run.folder / "config.yaml", "--weights", run.folder)
     lines = [
-        command(*words, "--method", "uniform", "--output", other),
+        command(*words, "--method", "uniform", *_budget_flags(run), "--output", other),
         command("report.py", run.folder, other),
     ]
     return joined(
         [tag("p", "To compare with a baseline on the same weights:"), tag("pre", tag("code", "\n".join(lines)))]
     )
+
+
+def _budget_flags(run: RunFolder) -> list[object]:
+    """Flags that ask for the budgets of a run's policies; of several costs together, for the first."""
+    budgets = [model.record.budget.targets for model in run.models]
+    if all(set(targets) == {"macs"} for targets in budgets):
+        return ["--targets", *(targets["macs"] for targets in budgets)]
+    return [word for cost, target in next(iter(budgets), {}).items() for word in (f"--{cost}", target)]
 
 
 def caveats(runs: Sequence[RunFolder]) -> Iterator[Markup]:
