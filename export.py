@@ -15,21 +15,14 @@ import torch
 from torch import nn
 
 from cacp.checkpoint import load_json, load_tensors, save_json, sha256
+from cacp.command import run_command
 from cacp.config import experiment_from, parse
 from cacp.cost import counted_cost
 from cacp.evaluation import device_of
 from cacp.experiment import Experiment
 from cacp.exporting import Architecture, measure_latency, save_pruned
 from cacp.locking import only_writer
-from cacp.pipeline import (
-    Workbench,
-    build_workbench,
-    check_run,
-    environment,
-    load_exported,
-    run_command,
-    select_device,
-)
+from cacp.pipeline import Workbench, build_workbench, check_run, environment, load_exported, select_device
 from cacp.policies import load_policies, weights_path
 from cacp.reporting import console, millions, percent, table
 from cacp.schema import PolicyRecord, UserError
@@ -47,7 +40,7 @@ REPORT = {
 
 
 def main() -> None:
-    experiment = experiment_from(parse("export", "Write the pruned models of a run.", sys.argv[1:], run_argument=True))
+    experiment = experiment_from(parse("export", __doc__, sys.argv[1:], run_argument=True))
     select_device(experiment.device)
     check_run(experiment)
     records = load_policies(experiment.folder)

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from cacp.checkpoint import load_json, save_json, sha256
+from cacp.command import run_command
 from cacp.config import experiment_from, parse
 from cacp.data import Splits
 from cacp.dense import DenseModel, load_dense
@@ -29,7 +30,6 @@ from cacp.pipeline import (
     load_exported,
     load_images,
     load_splits,
-    run_command,
     select_device,
     training_recipe,
 )
@@ -53,8 +53,7 @@ RESULT = {
 
 
 def main() -> None:
-    description = "Fine-tune the exported models of a run."
-    experiment = experiment_from(parse("finetune", description, sys.argv[1:], run_argument=True))
+    experiment = experiment_from(parse("finetune", __doc__, sys.argv[1:], run_argument=True))
     device = select_device(experiment.device)
     exports = [experiment.folder / "export" / record.budget.name for record in load_policies(experiment.folder)]
     missing = [export.name for export in exports if not (export / "report.json").is_file()]

@@ -11,18 +11,19 @@ import sys
 import torch
 
 from cacp.checkpoint import load_json
+from cacp.command import run_command
 from cacp.config import experiment_from, parse
 from cacp.data import Splits, channel_statistics
 from cacp.dense import import_weights, save_dense
 from cacp.experiment import Experiment
 from cacp.models import build_model
-from cacp.pipeline import check_targets, load_inputs, open_run, run_command, select_device, training_recipe
+from cacp.pipeline import check_targets, load_inputs, open_run, select_device, training_recipe
 from cacp.reporting import console, percent, track_training
 from cacp.training import chosen_epoch, fit
 
 
 def main() -> None:
-    experiment = experiment_from(parse("pretrain", "Make the dense model of a run.", sys.argv[1:]))
+    experiment = experiment_from(parse("pretrain", __doc__, sys.argv[1:]))
     device = select_device(experiment.device)
     folder = experiment.folder / "dense"
     with open_run(experiment):

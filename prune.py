@@ -16,10 +16,11 @@ from pathlib import Path
 
 from cacp.budget import check_prunable, check_reachable, meets_targets
 from cacp.checkpoint import load_json, save_json, save_tensors
+from cacp.command import run_command
 from cacp.config import experiment_from, parse
 from cacp.experiment import Experiment
 from cacp.methods import Pruned, Subject, Training, make_method
-from cacp.pipeline import Workbench, build_workbench, environment, open_run, run_command, select_device, training_recipe
+from cacp.pipeline import Workbench, build_workbench, environment, open_run, select_device, training_recipe
 from cacp.policies import has_policies, load_policies, missing_policies, save_policy
 from cacp.reporting import console, percent, show_policies, table, track_training
 from cacp.schema import Budget, Policy, PolicyRecord, UserError
@@ -29,7 +30,7 @@ UNSTRUCTURED = {"sparsity": float, "dense_holdout_top1": float, "holdout_top1": 
 
 
 def main() -> None:
-    experiment = experiment_from(parse("prune", "Prune by a method without episodes.", sys.argv[1:]))
+    experiment = experiment_from(parse("prune", __doc__, sys.argv[1:]))
     select_device(experiment.device)
     with open_run(experiment):
         if experiment.quantiles:

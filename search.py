@@ -13,19 +13,13 @@ from pathlib import Path
 
 from agents import ConditionalDDPG, Searcher, make_agent
 from cacp.checkpoint import load_tensors, save_json, save_tensors
+from cacp.command import run_command
 from cacp.config import experiment_from, parse
 from cacp.evaluation import synchroniser
 from cacp.experiment import Experiment
 from cacp.history import Candidate, History
 from cacp.locking import only_writer
-from cacp.pipeline import (
-    Ranked,
-    build_workbench,
-    check_run,
-    open_run,
-    run_command,
-    select_device,
-)
+from cacp.pipeline import Ranked, build_workbench, check_run, open_run, select_device
 from cacp.policies import load_policies, missing_policies, save_policy
 from cacp.profiling import Profile
 from cacp.records import play, resume, write_tradeoff
@@ -44,7 +38,7 @@ RESCORED = 10  # best policies of a target that are scored again: maxima over no
 
 
 def main() -> None:
-    namespace = parse("search", "Search pruning policies for all targets in one run.", sys.argv[1:])
+    namespace = parse("search", __doc__, sys.argv[1:])
     experiment = experiment_from(namespace)
     if experiment.quantiles:
         raise UserError("quantiles are for prune.py --method gfi_ap; give search.py --targets, or --macs and --params")
@@ -92,7 +86,7 @@ def search(experiment: Experiment, ranked: Ranked, budgets: list[Budget], profil
     history = History(folder / "episodes.csv", bench.cost_model.dense, budgets, finished)
     ranked.recall(history.episodes, folder / "episodes.csv")
     with profile.phase("environment and actions"):
-        play(folder, experiment.episodes, bench.groups, agent, history, profile)
+        play(folder, experiment.episodes, bench.groups, agent, history, profile, experiment.search_settings)
     with profile.phase("scoring again"):
         if isinstance(agent, ConditionalDDPG):
             save_tensors(networks_path(experiment.folder), agent.policy_state())

@@ -33,13 +33,14 @@ from torch import Tensor
 from benchmarks.speed_summary import by_target, rank_correlations
 from benchmarks.summarise import portable
 from cacp.checkpoint import save_json
+from cacp.command import run_command
 from cacp.data import ImageData, normalise
 from cacp.evaluation import device_of, resolve_precision
 from cacp.experiment import Experiment
 from cacp.fusion import FusedNetwork
 from cacp.history import Episode
 from cacp.importance import channel_orders
-from cacp.pipeline import Workbench, build_workbench, environment, load_splits, run_command
+from cacp.pipeline import Workbench, build_workbench, environment, load_splits
 from cacp.policies import load_policies
 from cacp.reporting import ProgressLine
 from cacp.schema import UserError

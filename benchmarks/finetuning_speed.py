@@ -31,9 +31,10 @@ from benchmarks.exported_run import load_run
 from benchmarks.speed_summary import spread
 from benchmarks.summarise import portable
 from cacp.checkpoint import save_json
+from cacp.command import run_command
 from cacp.data import ImageData
 from cacp.evaluation import synchroniser
-from cacp.pipeline import environment, load_exported, run_command, training_recipe
+from cacp.pipeline import environment, load_exported, training_recipe
 from cacp.recipe import Recipe
 from cacp.schema import Normalisation
 from cacp.training import fit

@@ -17,9 +17,9 @@ from benchmarks.quality_searchers import SEARCHERS
 from benchmarks.quality_table import conclude
 from benchmarks.score_quality import RECIPE
 from cacp.checkpoint import load_json
+from cacp.command import run_command
 from cacp.data import ImageData
 from cacp.evaluation import evaluate_data
-from cacp.pipeline import run_command
 from cacp.recipe import Recipe
 from cacp.training import fit
 

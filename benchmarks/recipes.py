@@ -18,11 +18,12 @@ from typing import Any
 from benchmarks.exported_run import finetune, load_run
 from benchmarks.summarise import portable
 from cacp.checkpoint import load_json, save_json
+from cacp.command import run_command
 from cacp.data import Splits
 from cacp.dense import DenseModel
 from cacp.evaluation import device_of, evaluate_data
 from cacp.experiment import Experiment
-from cacp.pipeline import environment, load_exported, run_command
+from cacp.pipeline import environment, load_exported
 from cacp.recipe import Recipe
 from cacp.schema import UserError
 

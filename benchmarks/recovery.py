@@ -28,19 +28,14 @@ from torch import nn
 from benchmarks.exported_run import finetune, load_run
 from benchmarks.summarise import portable
 from cacp.checkpoint import load_json, save_json
+from cacp.command import run_command
 from cacp.cost import counted_cost
 from cacp.data import ImageData, Splits
 from cacp.dense import DenseModel
 from cacp.evaluation import evaluate_data
 from cacp.experiment import Experiment
 from cacp.graph import trace
-from cacp.pipeline import (
-    environment,
-    load_exported,
-    load_images,
-    run_command,
-    training_recipe,
-)
+from cacp.pipeline import environment, load_exported, load_images, training_recipe
 from cacp.recipe import Recipe
 from cacp.steps import seeded
 

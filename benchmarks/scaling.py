@@ -120,7 +120,7 @@ def measured(
         for total in (WARM_UP, experiment.episodes):
             profile.seconds.clear()
             with profile.phase("environment and actions"):
-                play(Path(folder), total, groups, agent, history, profile)
+                play(Path(folder), total, groups, agent, history, profile, {})
     seconds = [episode.seconds for episode in history.episodes[WARM_UP:]]
     low, median, high = statistics.quantiles(seconds if scored else seconds[-LAST:], n=4)
     return {

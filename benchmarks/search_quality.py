@@ -48,7 +48,8 @@ from benchmarks.quality_table import conclude
 from benchmarks.summarise import portable
 from cacp.budget import meets_targets
 from cacp.checkpoint import load_json, save_json, sha256
-from cacp.pipeline import environment, run_command
+from cacp.command import run_command
+from cacp.pipeline import environment
 from cacp.schema import Budget, UserError
 
 

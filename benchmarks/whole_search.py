@@ -16,8 +16,9 @@ import torch
 
 from benchmarks.summarise import portable
 from cacp.checkpoint import load_json, save_json
+from cacp.command import run_command
 from cacp.config import experiment_from, parse
-from cacp.pipeline import environment, run_command
+from cacp.pipeline import environment
 from cacp.policies import load_policies
 from cacp.schema import UserError
 

@@ -6,6 +6,7 @@ command knows is an error. Every setting says which stage it shapes: a run whose
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import itertools
@@ -18,7 +19,7 @@ import jsonargparse
 import yaml
 
 from cacp.checkpoint import write_atomically
-from cacp.experiment import FINETUNE, IDENTITY, MACHINE, METHOD_OPTIONS, POLICY, TRAINING, Experiment
+from cacp.experiment import FINETUNE, IDENTITY, MACHINE, METHOD_OPTIONS, POLICY, PRUNE_SETTINGS, TRAINING, Experiment
 from cacp.parsing import LARGEST_YAML, parse_settings, read_text
 from cacp.ranges import kept_fraction, macs_target, quantile
 from cacp.schema import COSTS, UserError
@@ -33,6 +34,17 @@ _LISTS = {
 _ALIASES = {"quantiles": ["--quantile", "--sweep"]}
 LONGEST_NAME = 100  # characters that are compared
 _BUDGET = {"targets", "quantiles", *COSTS}
+_FOREIGN = {"search": PRUNE_SETTINGS, "prune": ("agent", "warmup_episodes")}  # policy settings of the other command
+_NAMES = ("model", "dataset", "device", "precision", "criterion", "scope", "agent", "method", "distance")
+_SCHEDULES = ("pretrain_schedule", "finetune_schedule", "method_schedule")
+_METAVARS = {
+    **dict.fromkeys(_NAMES, "NAME"),
+    **dict.fromkeys(_SCHEDULES, "SCHEDULE"),
+    "output": "DIR",
+    "data_dir": "DIR",
+    "weights": "WHICH",
+    "ignore": "PATTERN",
+}  # of numbers N or X
 _COMMAND_STAGES = {
     "pretrain": (IDENTITY, TRAINING),
     "search": (POLICY,),
@@ -42,12 +54,14 @@ _COMMAND_STAGES = {
 }
 
 
-def parse(command: str, description: str, argv: Sequence[str], run_argument: bool = False) -> jsonargparse.Namespace:
+def parse(
+    command: str, description: str | None, argv: Sequence[str], run_argument: bool = False
+) -> jsonargparse.Namespace:
     """Read a command line.
 
     Args:
         command: name of the entry point without .py; its own settings come first in --help.
-        description: one paragraph for --help.
+        description: for --help, as it stands.
         argv: arguments after the program's name.
         run_argument: whether the command takes the run folder as its argument (export, finetune).
 
@@ -83,7 +97,7 @@ def _without_what_flags_replace(
     if "method" in flags and methods and methods[-1] != namespace["method"]:
         replaced |= {*METHOD_OPTIONS, "quantiles"}
     if command == "search":
-        replaced |= {*METHOD_OPTIONS, "quantiles", "method"}
+        replaced |= {*PRUNE_SETTINGS}
     defaults = _plain({item.name: item.default for item in dataclasses.fields(Experiment)})
     for key in replaced - flags:
         namespace[key] = defaults[key]
@@ -91,7 +105,7 @@ def _without_what_flags_replace(
 
 
 def _parser(
-    command: str, description: str, run_argument: bool, default_config_files: list[str | PathLike[str]]
+    command: str, description: str | None, run_argument: bool, default_config_files: list[str | PathLike[str]]
 ) -> jsonargparse.ArgumentParser:
     parser = jsonargparse.ArgumentParser(
         prog=f"{command}.py",
@@ -99,16 +113,20 @@ def _parser(
         description=description,
         default_config_files=default_config_files,
         allow_abbrev=False,
+        formatter_class=_Help,
     )
-    parser.add_argument("--config", action="config", help="YAML file of settings")
+    parser.add_argument("--config", action="config", metavar="FILE", help="YAML file of settings")
     if run_argument:
         help_text = "run folder, for example runs/digits_resnet56 (or give --output or --config)"
         parser.add_argument("run", metavar="RUN", nargs="?", help=help_text)
     if command == "search":
         help_text = "after the search: the policy that promises most at this macs target, trained or not"
-        parser.add_argument("--ask", type=_Type("kept fraction", kept_fraction), help=help_text)
+        parser.add_argument("--ask", type=_Type("kept fraction", kept_fraction), metavar="X", help=help_text)
         parser.add_argument("--profile", action="store_true", help="print at the end where the time went")
-    own = [item for item in dataclasses.fields(Experiment) if item.metadata["stage"] in _COMMAND_STAGES[command]]
+    stages, foreign = _COMMAND_STAGES[command], _FOREIGN.get(command, ())
+    own = [
+        item for item in dataclasses.fields(Experiment) if item.metadata["stage"] in stages and item.name not in foreign
+    ]
     rest = [item for item in dataclasses.fields(Experiment) if item not in own]
     for title, items in ((f"settings of {command}", own), ("settings of the other stages", rest)):
         if not items:
@@ -117,6 +135,21 @@ def _parser(
         for item in items:
             _add_setting(group, item, command)
     return parser
+
+
+class _Help(jsonargparse.DefaultHelpFormatter):
+    """What a setting means, with its default where it has one and the text does not say it; the description as it
+    stands."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = (action.help or "").removesuffix(".")
+        if action.dest == "print_config":
+            return "print all settings, as these flags and files make them, and exit"
+        none = action.default is None or action.default is False or action.default in ("", [], argparse.SUPPRESS)
+        return text if none or "default" in text or not action.option_strings else f"{text} (default: %(default)s)"
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text.strip()
 
 
 class _Type:
@@ -153,6 +186,8 @@ def _add_setting(group: Any, item: dataclasses.Field[Any], command: str) -> None
     }
     element = elements.get(item.name, float)
     keywords: dict[str, Any] = {"type": element, "nargs": "+"} if listed else {"type": kind}
+    if "bool" not in str(item.type):
+        keywords["metavar"] = _METAVARS.get(item.name, "N" if "int" in str(item.type) else "X")
     group.add_argument(*names, default=default, help=item.metadata["help"], **keywords)
 
 

@@ -163,6 +163,13 @@ class Experiment:
         return {key: getattr(self, key) for key in method_entry(self.method).options if key in METHOD_OPTIONS}
 
     @property
+    def search_settings(self) -> dict[str, Any]:
+        """What shapes a search, those apart that keep their default of None."""
+        shaping = [item.name for item in dataclasses.fields(self) if item.metadata["stage"] in (IDENTITY, POLICY)]
+        values = {name: getattr(self, name) for name in shaping if name not in PRUNE_SETTINGS}
+        return {name: value for name, value in values.items() if value is not None}
+
+    @property
     def quantile_list(self) -> list[float]:
         """The quantiles one by one, ascending."""
         return quantile_list(self.quantiles)
@@ -187,6 +194,7 @@ class Experiment:
 METHOD_OPTIONS = tuple(  # settings that some of the methods take
     item.name for item in dataclasses.fields(Experiment) if any(item.name in one.options for one in METHODS.values())
 )
+PRUNE_SETTINGS = ("method", *METHOD_OPTIONS, "quantiles")  # that search has nothing to do with
 
 
 def _wrong_choices(experiment: Experiment) -> list[str]:

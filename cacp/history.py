@@ -98,6 +98,11 @@ class History:
         """The best different policies of a budget, by the probability of the true class."""
         return sorted(self._candidates[budget.name].values(), key=_quality, reverse=True)[:most]
 
+    @property
+    def budgets(self) -> list[str]:
+        """Their names."""
+        return list(self._budgets)
+
     def nearest(self, target: float) -> Budget:
         """The budget whose target lies nearest."""
         return min(self._budgets.values(), key=lambda budget: abs(budget.mean_target - target))

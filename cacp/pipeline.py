@@ -6,15 +6,13 @@ This is where an `Experiment` becomes the plain arguments that the library takes
 from __future__ import annotations
 
 import copy
-import errno
 import itertools
 import os
 import platform
 import re
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib import metadata
@@ -39,7 +37,6 @@ from cacp.importance import channel_importance, channel_orders
 from cacp.locking import is_fresh, only_writer
 from cacp.models import build_model
 from cacp.own import is_own
-from cacp.parallel import following_processes
 from cacp.profiling import Profile
 from cacp.recipe import Recipe
 from cacp.schema import ChannelGroups, Normalisation, Policy, Score, UserError
@@ -48,44 +45,7 @@ from cacp.slicing import counts_policy
 
 GRADIENT_IMAGES = 10_000  # training images of the criterion taylor
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _PACKAGES = ("torch", "torchvision", "gymnasium", "stable-baselines3", "numpy", "safetensors")
-
-
-# exit statuses --------------------------------------------------------------------------------------------------------
-
-
-def run_command(main: Callable[[], None]) -> None:
-    """Run an entry point: a mistake of the user's or a full disk ends in one message and exit status 2.
-
-    Of the processes that torchrun starts the first one runs it, the others train with it (`cacp.parallel`).
-    """
-    threading.excepthook = _quiet_about_files
-    try:
-        with following_processes() as first:
-            if first:
-                main()
-    except UserError as error:
-        sys.exit(_failed(str(error)))
-    except KeyboardInterrupt:
-        sys.exit(_failed("interrupted; the same command goes on from the last checkpoint", status=130))
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        sys.exit(_failed(f"out of memory: {error}; lower --batch_size or --validation_images, or use --device cpu"))
-    except OSError as error:
-        place, reason = error.filename or "a file of the run", error.strerror or str(error)
-        remedy = "free some space" if error.errno in _FULL else "choose another path (--output, --data_dir, --weights)"
-        sys.exit(_failed(f"{place}: {reason}; {remedy}, then run the same command again: what is done is kept"))
-
-
-def _quiet_about_files(arguments: threading.ExceptHookArgs) -> None:
-    """A full disk stops TensorBoard's writer thread first; the main thread meets the same error and reports it."""
-    if not isinstance(arguments.exc_value, OSError):
-        threading.__excepthook__(arguments)
-
-
-def _failed(message: str, status: int = 2) -> int:
-    sys.stderr.write(f"error: {message}\n")
-    return status
 
 
 # run folder -----------------------------------------------------------------------------------------------------------

@@ -6,17 +6,28 @@ Its folder holds episodes.csv, TensorBoard events, and a checkpoint of the agent
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from stable_baselines3.common.logger import Logger
 
 from agents import EpisodeEnd, Searcher
 from cacp.checkpoint import UNFIT, load_state, save_state
 from cacp.cost import CostModel
+from cacp.figures import save_tradeoff, tradeoff_figure
 from cacp.history import Candidate, Episode, History, tradeoff
+from cacp.interrupts import Interrupted, finishing_first
 from cacp.profiling import Profile
-from cacp.reporting import ProgressLine, console, log_best_policy, log_episode, save_tradeoff, search_logger
+from cacp.reporting import (
+    ProgressLine,
+    console,
+    log_best_policy,
+    log_episode,
+    log_settings,
+    log_tradeoff,
+    search_logger,
+)
 from cacp.schema import ChannelGroups, Cost, UserError
 from envs import EpisodeResult
 
@@ -47,16 +58,35 @@ def resume(folder: Path, agent: Searcher, episodes: int) -> int:
 
 
 def play(
-    folder: Path, episodes: int, groups: ChannelGroups, agent: Searcher, history: History, profile: Profile
+    folder: Path,
+    episodes: int,
+    groups: ChannelGroups,
+    agent: Searcher,
+    history: History,
+    profile: Profile,
+    settings: Mapping[str, Any],
 ) -> None:
-    """Play what is left of `episodes`, and write each down in `folder`."""
+    """Play what is left of `episodes`, and write each down in `folder`; `settings` of the run go to TensorBoard.
+
+    Raises:
+        Interrupted: after the episode, saved, in which the user asked to stop.
+    """
     finished = len(history.episodes)
     logger = search_logger(folder, finished + 1)
     agent.set_logger(logger)
-    with ProgressLine("search", episodes, finished) as progress:
+    if not finished:
+        log_settings(logger, settings, groups, history.budgets)
+    with ProgressLine("search", episodes, finished) as progress, finishing_first("episode") as request:
         records = Records(folder, episodes, groups, agent, history, logger, progress, profile)
+
+        def add(end: EpisodeEnd) -> None:
+            number = request.number
+            records.add(end, save=number > 0)
+            if number:
+                raise Interrupted(f"stopped after episode {end.episode} of {episodes}, all saved", number)
+
         try:
-            agent.run(episodes - finished, records.add)
+            agent.run(episodes - finished, add)
         finally:
             logger.close()
 
@@ -86,22 +116,23 @@ class Records:
         self._profile = profile
         self._clock = time.monotonic()
         self._shown: dict[str, tuple[int, ...]] = {}  # best policies whose figure is in TensorBoard
+        self._front: list[Candidate] = []  # the trade-off curve that is there
 
-    def add(self, end: EpisodeEnd) -> None:
-        """Take a finished episode, its updates included."""
+    def add(self, end: EpisodeEnd, save: bool = False) -> None:
+        """Take a finished episode, its updates included; `save` it now, whatever its number."""
         self._profile.move("agent's updates", end.update_seconds)
         with self._profile.phase("records"):
             now = time.monotonic()
             episode = finished_episode(end, now - self._clock)
             self._clock = now
             self._history.append(episode)
-            checkpoint = end.episode == self._episodes or end.episode % CHECKPOINT_EPISODES == 0
+            checkpoint = save or end.episode == self._episodes or end.episode % CHECKPOINT_EPISODES == 0
             self._log(episode, figures=checkpoint)  # before the checkpoint: a resumed search drops what comes after it
             if checkpoint:
                 tensors, data = self._agent.state()
                 save_state(self._folder / "checkpoint", tensors, {"episode": end.episode, "agent": data})
-            bests = (f"{name} {100 * row.top1:.1f} %" for name, row in self._history.leaders.items())
-            self._progress.advance("best " + ", ".join(bests))
+            bests = (f"{name} {100 * row.top1:.1f} %" for name, row in sorted(self._history.leaders.items()))
+            self._progress.advance("best top-1: " + ", ".join(bests))
 
     def _log(self, episode: Episode, figures: bool) -> None:
         leaders, names, channels = self._history.leaders, self._cost_model.names, self._cost_model.channels.tolist()
@@ -111,6 +142,10 @@ class Records:
             if self._shown.get(name) != best.counts:
                 self._shown[name] = best.counts
                 log_best_policy(self._logger, self._groups, name, best)
+        front = tradeoff(one.candidate for one in self._history.episodes) if figures else self._front
+        if front != self._front:
+            self._front = front
+            log_tradeoff(self._logger, tradeoff_figure(front, self._cost_model.dense))
         self._logger.dump(episode.episode)
 
 

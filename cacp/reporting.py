@@ -1,31 +1,38 @@
-"""What a person sees: progress on the screen, tables, TensorBoard, figures."""
+"""What a person sees of a running command: progress on the screen, tables, TensorBoard."""
 
 from __future__ import annotations
 
-import io
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Console, Group, RenderableType
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.table import Table
+from rich.text import Text
 from stable_baselines3.common.logger import Figure as LoggedFigure
-from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
+from stable_baselines3.common.logger import HParam, Logger, TensorBoardOutputFormat
 from torch.utils.tensorboard import SummaryWriter
 
 from cacp.budget import BudgetWalk, check_reachable, reachable_fractions, uniform_counts
-from cacp.checkpoint import save_csv, write_atomically
+from cacp.checkpoint import save_csv
 from cacp.cost import CostModel
-from cacp.history import Candidate, Episode
+from cacp.figures import policy_figure
+from cacp.history import Episode
 from cacp.policies import load_policies
 from cacp.profiling import Profile
-from cacp.schema import Budget, ChannelGroups, Cost
+from cacp.schema import Budget, ChannelGroups
 from cacp.training import EpochRecord
 
 console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 120)
@@ -33,8 +40,8 @@ _LINES = 10  # progress lines of a command whose output is no terminal
 
 
 class ProgressLine:
-    """A progress bar with the time left on a terminal; elsewhere a line after the first and the tenth step and every
-    tenth of the work.
+    """A progress bar with the time left on a terminal, and below it how the work stands; elsewhere a line after the
+    first and the tenth step and every tenth of the work.
 
     Args:
         title: of the work.
@@ -45,8 +52,7 @@ class ProgressLine:
     def __init__(self, title: str, total: int, done: int = 0) -> None:
         self._title, self._total, self._first, self._done = title, total, done, done
         self._start = time.monotonic()
-        columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
-        self._bar = Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
+        self._bar = _Bar(disable=not console.is_terminal)
         self._task = self._bar.add_task(title, total=total, completed=done)
 
     def __enter__(self) -> ProgressLine:
@@ -59,12 +65,34 @@ class ProgressLine:
     def advance(self, status: str, seconds: float | None = None) -> None:
         """One step more; `status` says how it stands, `seconds` what a step takes where that is known better."""
         self._done += 1
-        self._bar.update(self._task, advance=1, description=f"{self._title} {status}")
+        now = time.monotonic()
         share, steps = max(1, self._total // _LINES), self._done - self._first
+        left = (seconds or (now - self._start) / steps) * (self._total - self._done)
+        self._bar.status = status
+        self._bar.update(self._task, advance=1, ends=now + left)
         if not console.is_terminal and (steps in (1, 10) or self._done % share == 0 or self._done == self._total):
-            spent = time.monotonic() - self._start
-            left = (seconds or spent / steps) * (self._total - self._done)
-            console.print(f"{self._title} {self._done}/{self._total} {status}, {left:.0f} s left")
+            console.print(f"{self._title} {self._done}/{self._total} {status}, {duration(left)} left", soft_wrap=True)
+
+
+class _Left(ProgressColumn):
+    """The time left, by the estimate at the last step: rich's own forgets steps that take minutes."""
+
+    def render(self, task: Task) -> Text:
+        ends = task.fields.get("ends")
+        return Text("" if ends is None else f"{duration(ends - time.monotonic())} left", style="progress.remaining")
+
+
+class _Bar(Progress):
+    """A bar with a line of text below it, which wraps where the window is narrow."""
+
+    def __init__(self, disable: bool) -> None:
+        self.status = ""
+        columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), _Left())
+        super().__init__(*columns, console=console, disable=disable)
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        yield Text(self.status)
 
 
 def track_training(records: Iterator[EpochRecord], epochs: int, folder: Path, title: str) -> list[EpochRecord]:
@@ -116,74 +144,37 @@ def log_episode(
         logger.record(f"keep {target}/{name}", count / whole)
 
 
+def log_settings(logger: Logger, settings: Mapping[str, Any], groups: ChannelGroups, budgets: Sequence[str]) -> None:
+    """Record, before the first episode, the settings of a search as text and as hyper-parameters, whose metrics are the
+    best top-1 of every budget, by its name; and the table of channel groups.
+    """
+    rows = "".join(f"\n| {key} | {value} |" for key, value in settings.items())
+    logger.record("search/settings", f"| setting | value |\n|---|---|{rows}", exclude=("stdout", "csv"))
+    logger.record("search/groups", "\n".join(f"    {line}" for line in str(groups).splitlines()))
+    plain = {key: value if isinstance(value, bool | int | float) else str(value) for key, value in settings.items()}
+    logger.record("hparams", HParam(plain, {f"target {name}/best top1": 0.0 for name in budgets}))
+    logger.dump(0)
+
+
+def log_tradeoff(logger: Logger, figure: Figure) -> None:
+    """Record the trade-off curve of the episodes so far."""
+    logger.record("search/trade-off", LoggedFigure(figure, close=True), exclude=("stdout", "csv"))
+
+
 def log_best_policy(logger: Logger, groups: ChannelGroups, budget: str, episode: Episode) -> None:
     """Record the figure of the best policy of a budget, by its name, in TensorBoard."""
     figure = policy_figure(groups, episode.counts, f"{budget}: top-1 {100 * episode.top1:.1f} %")
     logger.record(f"target {budget}/best policy", LoggedFigure(figure, close=True), exclude=("stdout", "csv"))
 
 
-def policy_figure(groups: ChannelGroups, counts: Sequence[int], title: str) -> Figure:
-    """Bars of the kept channels of every prunable group, in front of all of them."""
-    prunable = groups.prunable
-    figure = new_figure(9, 3.2)
-    axes = figure.subplots()
-    positions = range(len(prunable))
-    axes.bar(positions, [group.channels for group in prunable], color="#d9dde3", label="channels")
-    axes.bar(positions, counts, color="#2563a8", label="kept")
-    axes.set_xticks(positions, [group.name for group in prunable], rotation=90, fontsize=7)
-    axes.set_title(title, fontsize=10)
-    axes.legend(fontsize=8, frameon=False)
-    return figure
-
-
-def save_tradeoff(folder: Path, front: Sequence[Candidate], dense: Cost) -> None:
-    """Write the trade-off curve of a search: tradeoff.csv, a row a policy, and tradeoff.svg.
-
-    Args:
-        folder: of the search.
-        front: from `cacp.history.tradeoff`.
-        dense: cost of the dense model.
-    """
-    kept = [one.score.cost.macs / dense.macs for one in front]
-    rows = [
-        [f"{part:.6f}", one.score.cost.macs, *one.score[:3], one.episode] for part, one in zip(kept, front, strict=True)
-    ]
-    save_csv(folder / "tradeoff.csv", [["macs_kept", "macs", "top1", "loss", "probability", "episode"], *rows])
-    figure = new_figure(6, 4)
-    axes = figure.subplots()
-    lines = {"probability of the true class, which picks the policy": "probability", "top-1 of that policy": "top1"}
-    for (label, number), colour in zip(lines.items(), ("#2563a8", "#b45309"), strict=True):
-        values = [100 * getattr(one.score, number) for one in (*front, front[-1])]
-        axes.step([*kept, 1.0], values, where="post", color=colour, label=label)
-    axes.set_xlabel("MACs kept at most")
-    axes.set_ylabel("on the validation images, before fine-tuning, %")
-    axes.legend(frameon=False)
-    save_figure(folder / "tradeoff.svg", figure)
-
-
-def new_figure(width: float, height: float) -> Figure:
-    """An empty figure, inches; matplotlib's windows and global state stay out of it."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def save_figure(path: Path, figure: Figure) -> None:
-    """Write a figure as SVG, the same bytes for the same figure."""
-    image = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "cacp"}):
-        figure.savefig(image, format="svg", metadata={"Date": None})
-    write_atomically(path, image.getvalue())
-
-
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
-    """A table for the console; the first column to the left, the others to the right."""
-    result = Table(title=title, title_justify="left")
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Group:
+    """A table for the console, its title over it; the first column to the left, the others to the right."""
+    result = Table()
     for position, column in enumerate(columns):
-        result.add_column(column, justify="left" if position == 0 else "right", no_wrap=True)
+        result.add_column(Text(column), justify="left" if position == 0 else "right", no_wrap=True)
     for row in rows:
-        result.add_row(*(str(cell) for cell in row))
-    return result
+        result.add_row(*(Text(str(cell)) for cell in row))
+    return Group(Text(title, style="italic"), result)
 
 
 def show_reachable(groups: ChannelGroups, cost_model: CostModel, budgets: Sequence[Budget]) -> None:
@@ -242,6 +233,19 @@ def show_profile(profile: Profile) -> None:
 def percent(fraction: float) -> str:
     """A fraction in [0, 1] as percent with two decimals."""
     return f"{100 * fraction:.2f}"
+
+
+def duration(seconds: float) -> str:
+    """A time in the two largest units that it has.
+
+    >>> duration(7384.0)
+    '2 h 3 min'
+    """
+    whole = max(0, round(seconds))
+    hours, minutes = whole // 3600, whole % 3600 // 60
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {whole % 60} s" if minutes else f"{whole} s"
 
 
 def millions(count: int) -> str:

@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from matplotlib.figure import Figure
+
 from cacp.checkpoint import load_json, save_csv
-from cacp.reporting import new_figure, save_figure
+from cacp.figures import COLOURS, new_figure, save_figure, styled
 from cacp.schema import UserError
 
 _NAME = re.compile(r"macs-[01]\.\d+")
@@ -56,12 +58,18 @@ def load_sweep(folder: Path) -> list[SweepRow]:
 
 
 def save_sweep(folder: Path, rows: Sequence[SweepRow]) -> None:
-    """Write the rows, and the plots: threshold, macs, params, top-1 before and after fine-tuning, seconds.
+    """Write the rows, and the plots."""
+    rows = sorted(rows)
+    save_csv(folder / "sweep" / "sweep.csv", [SweepRow._fields, *rows])
+    save_figure(folder / "sweep" / "sweep.svg", sweep_figure(folder, rows))
+
+
+@styled
+def sweep_figure(folder: Path, rows: Sequence[SweepRow]) -> Figure:
+    """Six plots over the quantiles: threshold, macs, params, top-1 before and after fine-tuning, seconds.
 
     Top-1 after it is on the test images, where finetune.py is done with a policy; seconds then include it.
     """
-    rows = sorted(rows)
-    save_csv(folder / "sweep" / "sweep.csv", [SweepRow._fields, *rows])
     results = {}
     for row in rows:
         path = folder / "finetune" / row.policy / "result.json"
@@ -79,8 +87,8 @@ def save_sweep(folder: Path, rows: Sequence[SweepRow]) -> None:
     }
     figure = new_figure(10, 5.5)
     for axes, (title, (drawn, values)) in zip(figure.subplots(2, 3).flat, plots.items(), strict=True):
-        axes.plot([row.quantile for row in drawn], values, "o-", color="#2563a8", gid=title.partition(",")[0])
+        axes.plot([row.quantile for row in drawn], values, "o-", color=COLOURS[0], gid=title.partition(",")[0])
         axes.set_title(title, fontsize=9)
         axes.set_xlabel("quantile of all filters", fontsize=8)
         axes.set_xlim(rows[0].quantile - 0.05, rows[-1].quantile + 0.05)
-    save_figure(folder / "sweep" / "sweep.svg", figure)
+    return figure

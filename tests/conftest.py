@@ -13,9 +13,9 @@ import torch
 from running import ROOT, TINY, Call, run
 from torch import Tensor, nn
 
+from cacp.command import run_command
 from cacp.data import ImageData
 from cacp.models import build_model
-from cacp.pipeline import run_command
 from cacp.schema import ChannelGroups, Policy
 
 

@@ -17,7 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import search
-from cacp.pipeline import run_command
+from cacp.command import run_command
 
 
 def main() -> None:

@@ -39,6 +39,9 @@ def test_episodes_are_round_robin_and_all_there(finished: Path) -> None:
     assert targets == ([0.3, 0.5, 0.7] * 5)[:14]
 
 
+TEXTS = ("settings", "groups")
+
+
 def test_tensorboard_holds_what_one_wants_to_watch(finished: Path) -> None:
     events = EventAccumulator(str(finished / "search"))
     events.Reload()
@@ -52,7 +55,12 @@ def test_tensorboard_holds_what_one_wants_to_watch(finished: Path) -> None:
         "keep target macs-0.30/layer1.0.conv1",
     }
     assert wanted <= set(scalars)
-    assert "target macs-0.50/best policy" in images
+    assert {"target macs-0.50/best policy", "search/trade-off"} <= set(images)
+    texts = {name: events.Tensors(f"search/{name}/text_summary")[0].tensor_proto.string_val[0] for name in TEXTS}
+    assert b"| warmup_episodes | 5 |" in texts["settings"] and b"layer3.2.conv1" in texts["groups"]
+    plugin = events.summary_metadata["_hparams_/session_start_info"].plugin_data
+    assert plugin.plugin_name == "hparams" and b"criterion" in plugin.content
+    assert b"target macs-0.50/best top1" in events.summary_metadata["_hparams_/experiment"].plugin_data.content
     assert [event.step for event in events.Scalars("search/reward")] == list(range(1, 15))
 
 

@@ -15,15 +15,17 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("cacp", "envs", "agents")
 RANKS = {
     "cacp.schema": 0, "cacp.own": 0, "cacp.checkpoint": 0, "cacp.profiling": 0, "cacp.schedules": 0, "cacp.ranges": 0,
-    "cacp.spaces": 0, "cacp.operators": 0, "cacp.batchnorm": 0, "cacp.locking": 0, "cacp.parsing": 0,
+    "cacp.spaces": 0, "cacp.interrupts": 0, "cacp.operators": 0, "cacp.batchnorm": 0, "cacp.locking": 0,
+    "cacp.parsing": 0,
     "cacp.models": 1, "cacp.propagation": 1, "cacp.graph": 1, "cacp.cost": 1, "cacp.reward": 1, "cacp.policies": 1,
-    "cacp.parallel": 1,
+    "cacp.parallel": 1, "cacp.command": 2,
     "cacp.gram": 2, "cacp.gfi": 2, "cacp.reconstruction": 2, "cacp.budget": 2, "cacp.importance": 2, "cacp.data": 2,
     "cacp.slicing": 3, "cacp.repair": 3, "cacp.fusion": 3, "cacp.evaluation": 3, "cacp.training": 3,
     "cacp.steps": 3, "cacp.recipe": 3, "cacp.history": 3,
     "cacp.scoring": 4, "cacp.exporting": 4,
-    "cacp.methods": 5, "cacp.reporting": 5, "envs": 5, "agents": 5,
+    "cacp.methods": 5, "cacp.figures": 5, "cacp.reporting": 5, "envs": 5, "agents": 5,
     "cacp.experiment": 6, "cacp.config": 6, "cacp.dense": 6, "cacp.records": 6, "cacp.sweep": 6, "cacp.pipeline": 6,
+    "cacp.runfolder": 6, "cacp.page": 6,
 }  # fmt: skip
 ENTRY_POINT_RANK = 7
 
@@ -73,7 +75,7 @@ def imported(name: str) -> Iterator[str]:
 def test_every_module_has_a_rank_and_every_rank_a_module() -> None:
     units = {unit(name) for name in FILES if not is_command(name)}
     assert units == set(RANKS)
-    assert {"search", "prune", "export", "finetune", "pretrain"} <= set(FILES)
+    assert {"search", "prune", "export", "finetune", "pretrain", "report"} <= set(FILES)
 
 
 @pytest.mark.parametrize("name", FILES)

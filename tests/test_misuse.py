@@ -14,6 +14,25 @@ from cacp.checkpoint import save_tensors
 from cacp.models import build_model
 
 
+@pytest.mark.parametrize(
+    ("command", "own", "others"),
+    [("search", "--warmup_episodes N", "--method NAME"), ("prune", "--method NAME", "--warmup_episodes N")],
+)
+def test_help_shows_commands_defaults_and_own_settings_first(
+    call: Call, command: str, own: str, others: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    out = call(command, "--help")
+    assert f"\n    python {command}.py --config configs/digits_resnet56.yaml" in out
+    before, after = out.split("settings of the other stages:")
+    assert own in before and own not in after and others in after and others not in before
+    text = " ".join(out.split())
+    assert "policies to score, all targets together; search, and prune --method sensitivity (default: 900)" in text
+    assert "--calibration_images N training images for repair and batch norm (default: 1024)" in text
+    assert "--seed N of everything random (default: 0)" in text
+    assert not [word for word in (" null", "type:", "default: []", "default: )") if word in text]
+
+
 def test_a_folder_of_another_run_is_refused(call: Call, finished: Path, tmp_path: Path) -> None:
     error = call("search", *TINY, "--episodes=15", "--output", finished, status=2)
     assert "episodes: 14 -> 15" in error

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 
 from cacp.checkpoint import load_json
+from cacp.command import run_command
 from cacp.cost import CostModel, LayerCost, layer_costs
 from cacp.graph import trace
 from cacp.models import CIFAR_NAMES, MODEL_HELP, build_model
-from cacp.pipeline import run_command
 from cacp.reporting import console, millions, percent, table
 from cacp.schema import ChannelGroups, Policy, PolicyRecord, UserError
 

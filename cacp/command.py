@@ -1,0 +1,54 @@
+"""How a command ends: its exit status, and the one message that says why and what to do."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shlex
+import sys
+import threading
+from collections.abc import Callable
+
+import torch
+
+from cacp.interrupts import Interrupted, interruptible
+from cacp.parallel import following_processes, launched
+from cacp.schema import UserError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run an entry point: a mistake of the user's or a full disk ends in one message and exit status 2, Ctrl-C and
+    SIGTERM in the command that goes on and 128 + the signal's number.
+
+    Of the processes that torchrun starts the first one runs it, the others train with it (`cacp.parallel`).
+    """
+    threading.excepthook = _quiet_about_files
+    try:
+        with interruptible(), following_processes() as first:
+            if first:
+                main()
+    except UserError as error:
+        sys.exit(_failed(str(error)))
+    except Interrupted as error:
+        again = f": {shlex.join(['python', *sys.argv])}" if launched() == 1 else ""
+        sys.exit(_failed(f"{error}; the same command goes on{again}", status=128 + error.number))
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        sys.exit(_failed(f"out of memory: {error}; lower --batch_size or --validation_images, or use --device cpu"))
+    except OSError as error:
+        place, reason = error.filename or "a file of the run", error.strerror or str(error)
+        remedy = "free some space" if error.errno in _FULL else "choose another path (--output, --data_dir, --weights)"
+        sys.exit(_failed(f"{place}: {reason}; {remedy}, then run the same command again: what is done is kept"))
+
+
+def _quiet_about_files(arguments: threading.ExceptHookArgs) -> None:
+    """A full disk stops TensorBoard's writer thread first; the main thread meets the same error and reports it."""
+    if not isinstance(arguments.exc_value, OSError):
+        threading.__excepthook__(arguments)
+
+
+def _failed(message: str, status: int = 2) -> int:
+    if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun has started only the first one speaks
+        sys.stderr.write(f"{'' if status > 128 else 'error: '}{message}\n")
+    return status
