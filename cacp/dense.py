@@ -94,7 +94,7 @@ def _given(experiment: Experiment, splits: Splits) -> _Weights:
         if not result_path.is_file():
             raise UserError(f"weights {path} is a folder, but holds no run with a dense model (dense/result.json)")
         result = load_json(result_path, DENSE_RESULT)
-        normalisation = _normalisation(result, result_path)
+        normalisation = _normalisation(result, splits, result_path)
         unseen = result["validation_unseen"] and result["split_sha256"] == fingerprint(splits)
         return _Weights(path / "dense" / "model.safetensors", normalisation, result["trained_on"], unseen)
     if experiment.mean is None or experiment.std is None:
@@ -160,7 +160,7 @@ def load_dense(experiment: Experiment, splits: Splits, device: torch.device) -> 
     load_weights(model, weights)
     return DenseModel(
         model=model.to(device).to(memory_format=torch.channels_last).eval(),
-        normalisation=_normalisation(result, path),
+        normalisation=_normalisation(result, splits, path),
         classes=classes,
         image_shape=splits.train.image_shape,
         validation_top1=result["validation_top1"],
@@ -168,14 +168,14 @@ def load_dense(experiment: Experiment, splits: Splits, device: torch.device) -> 
     )
 
 
-def _normalisation(result: dict[str, Any], path: Path) -> Normalisation:
+def _normalisation(result: dict[str, Any], splits: Splits, path: Path) -> Normalisation:
     """Of a dense/result.json.
 
     Raises:
-        UserError: for one that images cannot be normalised by.
+        UserError: for one that the images cannot be normalised by.
     """
     mean, std = tuple(result["mean"]), tuple(result["std"])
-    if not (len(mean) == len(std) > 0 and all(one > 0 for one in std)):
+    if not (len(mean) == len(std) == splits.train.image_shape[0] and all(one > 0 for one in std)):
         raise UserError(f"{path} must hold a mean and a std above 0 for each channel; restore it, or train again")
     return Normalisation(mean, std)
 

@@ -26,7 +26,7 @@ class UserError(ValueError):
     """A mistake of the caller's; the message names the parameter, the rule, the received value and the remedy."""
 
 
-def listed(wrong: Sequence[str], separator: str = "\n  ", most: int = 50) -> str:
+def listed(wrong: Sequence[str], separator: str = "\n  ", most: int = 300) -> str:
     """All that is wrong, for a message; a file that is wrong in thousands of places does not fill the screen.
 
     >>> listed(["a", "b", "c"], ", ", most=2)

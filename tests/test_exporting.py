@@ -104,7 +104,7 @@ def test_groups_that_were_ignored_are_loaded_whole(tmp_path: Path) -> None:
         ({"keep_counts": None}, "does not describe a pruned model: keep_counts must be an object, but got None"),
         ({"keep_counts": {"a": "many"}}, "a must be a whole number, but got 'many'"),
         ({"keep_counts": {"a" * 10**6: 3}}, "aaa: 3 (of no such group)"),
-        ({"keep_counts": {str(index): 1 for index in range(10**5)}}, "and 99950 more; export it again"),
+        ({"keep_counts": {str(index): 1 for index in range(10**5)}}, "and 99700 more; export it again"),
         ({"input_shape": [3, 16]}, "input_shape must be channels, height and width"),
         (
             {"input_shape": [3, 10**9, 10**9]},

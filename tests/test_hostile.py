@@ -144,7 +144,7 @@ def survives(examples: int, strategy: st.SearchStrategy[Any], read: Callable[[An
             try:
                 read(value)
             except UserError as error:
-                assert 0 < len(str(error)) < 20_000
+                assert 0 < len(str(error)) < 60_000
                 outcomes["refused"] += 1
             except SystemExit as error:  # jsonargparse has said what is wrong
                 assert error.code in (0, 2)
@@ -447,7 +447,7 @@ def test_a_safetensors_header_that_lies(tmp_path: Path, name: str) -> None:
     path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
     with no_hang(), pytest.raises(UserError) as caught:
         load_weights(small(), path)
-    assert len(str(caught.value)) < 20_000
+    assert len(str(caught.value)) < 60_000
     path.write_bytes((2**63).to_bytes(8, "little") + header)
     with no_hang(), pytest.raises(UserError, match="is damaged"):
         load_weights(small(), path)

@@ -147,7 +147,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         for name, tensor in expected.items()
         if name not in state and not name.endswith(".num_batches_tracked")
     ]
-    wrong += [f"unexpected: {name} {tuple(tensor.shape)}" for name, tensor in state.items() if name not in expected]
+    wrong += [f"unexpected: {name:.80} {tuple(tensor.shape)}" for name, tensor in state.items() if name not in expected]
     wrong += [
         f"wrong shape: {name} {tuple(tensor.shape)}, the model has {tuple(expected[name].shape)}"
         for name, tensor in state.items()
