@@ -2,8 +2,9 @@
 
     python finetune.py runs/digits_resnet56
 
-Writes finetune/NAME/: architecture.json and model.safetensors (load_pruned reads them), result.json with dense, before
-and after, epochs.csv, TensorBoard events, checkpoint/. Run again, it skips what is done and goes on with the rest.
+Writes finetune/NAME/: architecture.json and model.safetensors (load_pruned reads them), model.py, model.onnx and
+model.pt2 (which need nothing of this project), result.json with dense, before and after, epochs.csv, TensorBoard
+events, checkpoint/. Run again, it skips what is done and goes on with the rest.
 """
 
 import sys
@@ -32,8 +33,9 @@ from cacp.pipeline import (
 )
 from cacp.policies import load_policies
 from cacp.recipe import Recipe
-from cacp.reporting import console, millions, percent, table, track_training
+from cacp.reporting import console, millions, percent, show_files, table, track_training
 from cacp.schema import UserError
+from cacp.shipping import ship, unshipped
 from cacp.sweep import load_sweep, save_sweep
 from cacp.training import EpochRecord, chosen_epoch, fit
 
@@ -59,6 +61,8 @@ def main() -> None:
             folder = folders[export.name]
             model, records = train(experiment, recipe, export, folder, splits, dense)
             finish(experiment, recipe, export, folder, model, records, dense)
+    for folder in folders.values():
+        complete(experiment, folder)
     if rows := load_sweep(experiment.folder):
         save_sweep(experiment.folder, rows)
     show_results({name: load_json(folder / "result.json") for name, folder in folders.items()}, experiment.folder)
@@ -134,6 +138,17 @@ def finish(
         "environment": environment(experiment.seed),
     }
     save_json(folder / "result.json", result)
+
+
+def complete(experiment: Experiment, folder: Path) -> None:
+    """Write the forms that a fine-tuned model lacks, and add them to its result."""
+    result = load_json(folder / "result.json")
+    done = result.get("forms", {})
+    if not unshipped(folder, experiment.forms, done):
+        return
+    result["forms"] = ship(folder, load_exported(experiment, folder), experiment.forms, done)
+    save_json(folder / "result.json", result)
+    show_files("fine-tuned", folder, result["forms"], "result.json")
 
 
 def show_results(results: dict[str, dict[str, Any]], folder: Path) -> None:

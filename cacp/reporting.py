@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from cacp.history import Candidate, Episode
 from cacp.policies import load_policies
 from cacp.profiling import Profile
 from cacp.schema import ChannelGroups, Cost
+from cacp.shipping import FILES
 from cacp.training import EpochRecord
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
@@ -180,6 +181,22 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
     for row in rows:
         result.add_row(*(str(cell) for cell in row))
     return result
+
+
+def show_files(done: str, folder: Path, forms: Mapping[str, Mapping[str, Any]], record: str) -> None:
+    """Say which files a model was written to, and which of its forms are missing and why.
+
+    Args:
+        done: what was done to the model.
+        folder: of the files.
+        forms: from `cacp.shipping.ship`.
+        record: name of the file that was written last.
+    """
+    files = [form["file"] for form in forms.values() if "file" in form]
+    console.print(f"{done} {folder}: {', '.join(['model.safetensors', 'architecture.json', *files, record])}")
+    for name, form in forms.items():
+        if "missing" in form:
+            console.print(f"  no {FILES[name]}: {form['missing']}", markup=False)
 
 
 def show_policies(folder: Path, names: Sequence[str]) -> None:
