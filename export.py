@@ -1,9 +1,9 @@
-"""Turn the policies of a run into sliced models, check them and measure them.
+"""Turn the policies of a run into sliced models, check them, measure them, and write them in every form to ship.
 
     python export.py runs/digits_resnet56
 
-Writes export/NAME/ for every policy: architecture.json, model.safetensors, report.json. Run again, it
-skips what is done.
+Writes export/NAME/ for every policy: architecture.json and model.safetensors (load_pruned reads them), model.py,
+model.onnx and model.pt2 (which need nothing of this project), report.json. Run again, it skips what is done.
 """
 
 import sys
@@ -20,22 +20,30 @@ from cacp.config import experiment_from, parse
 from cacp.cost import counted_cost
 from cacp.evaluation import device_of
 from cacp.experiment import Experiment
-from cacp.exporting import Architecture, measure_latency, save_pruned
+from cacp.exporting import Architecture, save_pruned
+from cacp.latency import BATCHES, LatencyBench
 from cacp.locking import only_writer
 from cacp.pipeline import Workbench, build_workbench, check_run, environment, load_exported, select_device
 from cacp.policies import load_policies, weights_path
-from cacp.reporting import console, millions, percent, table
+from cacp.reporting import console, millions, percent, show_files, table
 from cacp.schema import PolicyRecord, UserError
+from cacp.shipping import FILES, forms_of, ship, unshipped
 
 SCORE_TOLERANCE = 0.005  # of top-1 between search and export, both fp32 on the same images
-LATENCY_BATCHES = (1, 64)  # images
-_MEDIAN = {name: {"median": float} for name in ("dense", "pruned")}
+_TIMES = {
+    f"batch {batch}": {name: {"median": float, "interquartile_range": float} for name in ("dense", "pruned")}
+    for batch in BATCHES
+}
 REPORT = {
     "policy": {},
     "dense": {"macs": int, "params": int, "holdout_top1": float},
     "pruned": {"macs": int, "params": int},
     "score_at_export": {"top1": float},
-    "latency_ms": {f"batch {batch}": _MEDIAN for batch in LATENCY_BATCHES},
+    "forms": {str: {}},
+    "latency_ms": _TIMES,
+    "latency_ms_onnxruntime": {},
+    "latency_conditions": {"threads": int},
+    "latency_why": {str: {"why": str}},
 }
 
 
@@ -50,28 +58,51 @@ def main() -> None:
         raise UserError(
             f"no policy yet for {', '.join(missing)}; run search.py (or prune.py) on this folder again first"
         )
-    if not all(is_current(folders[record.budget.name], record) for record in records):
+    pairs = zip(folders.values(), records, strict=True)
+    if any(is_lacking(finished_report(folder, record), folder, experiment) for folder, record in pairs):
         with only_writer(experiment.folder):
             export_all(experiment, records, folders)
-    reports = {name: load_json(folder / "report.json", REPORT) for name, folder in folders.items()}
+    reports = {name: load_report(folder) for name, folder in folders.items()}
     show_reports(reports, experiment.folder)
+    show_latencies(reports, experiment.folder)
     console.print(f"next: bash scripts/finetune.sh {experiment.folder}")
 
 
 def export_all(experiment: Experiment, records: Sequence[PolicyRecord], folders: Mapping[str, Path]) -> None:
-    """Export the policies that are not, each to the folder of its name."""
+    """Export the policies that are not, each to the folder of its name, and add what older exports lack."""
     bench = build_workbench(experiment)
+    stopwatch = LatencyBench(bench.dense.model, bench.groups, bench.dense.image_shape)
     for record in records:
         folder = folders[record.budget.name]
-        if not is_current(folder, record):
-            export(with_weights(bench, experiment.folder, record), experiment, record, folder)
-            console.print(f"exported {folder}")
+        report = finished_report(folder, record)
+        if not is_lacking(report, folder, experiment):
+            continue
+        report = report or export(with_weights(bench, experiment.folder, record), experiment, record, folder)
+        complete(report, experiment, record, folder, stopwatch)
+        save_json(folder / "report.json", report)
+        show_files("exported", folder, report["forms"], "report.json")
 
 
-def is_current(folder: Path, record: PolicyRecord) -> bool:
-    """Whether the folder holds the export of exactly this policy."""
+def finished_report(folder: Path, record: PolicyRecord) -> dict[str, Any]:
+    """The report of a folder that holds the export of exactly this policy; else empty."""
     path = folder / "report.json"
-    return path.is_file() and load_json(path, {"policy": {}})["policy"] == record.to_json()
+    report: dict[str, Any] = load_json(path, {"policy": {}}) if path.is_file() else {}
+    return report if report.get("policy") == record.to_json() else {}
+
+
+def is_lacking(report: dict[str, Any], folder: Path, experiment: Experiment) -> bool:
+    """Whether there is no report, or one of an older version, without forms or latencies that are asked for."""
+    timed = "latency_ms_onnxruntime" in report
+    return not timed or bool(unshipped(folder, experiment.forms, forms_of(report)))
+
+
+def load_report(folder: Path) -> dict[str, Any]:
+    """A finished report.json."""
+    path = folder / "report.json"
+    report: dict[str, Any] = load_json(path, REPORT)
+    if "missing" not in report["latency_ms_onnxruntime"]:
+        load_json(path, {"latency_ms_onnxruntime": _TIMES})
+    return report
 
 
 def with_weights(bench: Workbench, folder: Path, record: PolicyRecord) -> Workbench:
@@ -90,8 +121,11 @@ def with_weights(bench: Workbench, folder: Path, record: PolicyRecord) -> Workbe
     return bench.retrained(load_tensors(path))
 
 
-def export(bench: Workbench, experiment: Experiment, record: PolicyRecord, folder: Path) -> None:
-    """Slice, save, load again, compare, count, score and time one policy; report.json last.
+def export(bench: Workbench, experiment: Experiment, record: PolicyRecord, folder: Path) -> dict[str, Any]:
+    """Slice, save, load again, compare, count and score one policy.
+
+    Returns:
+        What report.json says of that.
 
     Raises:
         UserError: if the loaded model differs, its counted cost is not the closed form's, or its score is not that of
@@ -127,17 +161,27 @@ def export(bench: Workbench, experiment: Experiment, record: PolicyRecord, folde
             "search; "
             "dense weights, data or calibration images are not those of the search"
         )
-    report = {
+    return {
         "policy": record.to_json(),
         "dense": {**bench.cost_model.dense._asdict(), "holdout_top1": bench.rescorer.evaluate(dense.model).top1},
         "pruned": {**cost._asdict(), "counted_macs": counted.macs, "size_bytes": _size(folder)},
         "score_at_search": record.score.to_json(),
         "score_at_export": evaluation._asdict(),
         "bit_equal_after_loading": True,
-        "latency_ms": measured_latencies(dense.model, loaded, dense.image_shape),
         "environment": environment(bench.seed),
     }
-    save_json(folder / "report.json", report)
+
+
+def complete(
+    report: dict[str, Any], experiment: Experiment, record: PolicyRecord, folder: Path, stopwatch: LatencyBench
+) -> None:
+    """Write the forms that a folder lacks, time the model, and add both to the report."""
+    loaded = load_exported(experiment, folder)
+    report["forms"] = ship(folder, loaded, experiment.forms, forms_of(report))
+    onnx = report["forms"].get("onnx", {"missing": "not among --forms"})
+    model = (folder / FILES["onnx"]).read_bytes() if "file" in onnx else onnx["missing"]
+    pruned = loaded.to(select_device(experiment.device)).to(memory_format=torch.channels_last)
+    report.update(stopwatch.report(pruned, record.policy.counts, model))
 
 
 def check_parity(sliced: nn.Module, loaded: nn.Module, bench: Workbench) -> None:
@@ -153,44 +197,45 @@ def check_parity(sliced: nn.Module, loaded: nn.Module, bench: Workbench) -> None
             raise UserError("the exported model, loaded again, gives other outputs; report this with the policy file")
 
 
-def measured_latencies(dense: nn.Module, pruned: nn.Module, image_shape: tuple[int, int, int]) -> dict[str, Any]:
-    """Milliseconds a batch of both models, measured in turn."""
-    measured: dict[str, Any] = {}
-    for batch in LATENCY_BATCHES:
-        latencies = measure_latency([dense, pruned], image_shape, batch)
-        measured[f"batch {batch}"] = {
-            name: {"median": latency.median_ms, "interquartile_range": latency.spread_ms}
-            for name, latency in zip(("dense", "pruned"), latencies, strict=True)
-        }
-    return measured
-
-
 def _size(folder: Path) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in load_tensors(folder / "model.safetensors").values())
 
 
 def show_reports(reports: dict[str, dict[str, Any]], folder: Path) -> None:
-    columns = ["model", "MACs", "of dense", "params", "top-1, %", f"ms/{LATENCY_BATCHES[-1]}", "speed"]
+    columns = ["model", "MACs", "of dense", "params", "top-1, %"]
     rows: list[list[str]] = []
     for name, report in reports.items():
         dense, pruned = report["dense"], report["pruned"]
-        latency = report["latency_ms"][f"batch {LATENCY_BATCHES[-1]}"]
-        dense_ms, pruned_ms = (latency[key]["median"] for key in ("dense", "pruned"))
         if not rows:
             macs, params = millions(dense["macs"]), millions(dense["params"])
-            rows.append(["dense", macs, "1.000", params, percent(dense["holdout_top1"]), f"{dense_ms:.1f}", "1.00 x"])
-        rows.append(
-            [
-                name,
-                millions(pruned["macs"]),
-                f"{pruned['macs'] / dense['macs']:.3f}",
-                millions(pruned["params"]),
-                percent(report["score_at_export"]["top1"]),
-                f"{pruned_ms:.1f}",
-                f"{dense_ms / pruned_ms:.2f} x",
-            ]
-        )
-    console.print(table(f"exported models of {folder}, before fine-tuning; latency of 64 images", columns, rows))
+            rows.append(["dense", macs, "1.000", params, percent(dense["holdout_top1"])])
+        share = f"{pruned['macs'] / dense['macs']:.3f}"
+        top1 = percent(report["score_at_export"]["top1"])
+        rows.append([name, millions(pruned["macs"]), share, millions(pruned["params"]), top1])
+    console.print(table(f"exported models of {folder}, before fine-tuning", columns, rows))
+
+
+def show_latencies(reports: dict[str, dict[str, Any]], folder: Path) -> None:
+    """A table of all latencies, a row a model and a batch, and what keeps models from what their MACs promise."""
+    rows, reasons = [], []
+    for name, report in reports.items():
+        runtimes = (report["latency_ms"], report["latency_ms_onnxruntime"])
+        for batch in report["latency_ms"]:
+            cells = [latency_cells(times[batch]) if batch in times else ["-"] * 3 for times in runtimes]
+            rows.append([name, batch, *cells[0], *cells[1]])
+        reasons += [f"{name}, {where}: {said['why']}" for where, said in report["latency_why"].items()]
+    columns = [f"{runtime}\n{what}" for runtime in ("torch", "ONNX Runtime") for what in ("dense", "pruned", "faster")]
+    threads = " or ".join(sorted({str(report["latency_conditions"]["threads"]) for report in reports.values()}))
+    title = f"milliseconds of {folder}: median (interquartile range), threads: {threads}"
+    console.print(table(title, ["model", "images", *columns], rows))
+    for reason in reasons:
+        console.print(reason)
+
+
+def latency_cells(times: dict[str, dict[str, float]]) -> list[str]:
+    """Dense and pruned time, and how many times as fast that is."""
+    cells = [f"{one['median']:.1f} ({one['interquartile_range']:.1f})" for one in (times["dense"], times["pruned"])]
+    return [*cells, f"{times['dense']['median'] / times['pruned']['median']:.2f} x"]
 
 
 if __name__ == "__main__":

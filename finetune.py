@@ -2,8 +2,9 @@
 
     python finetune.py runs/digits_resnet56
 
-Writes finetune/NAME/: architecture.json and model.safetensors (load_pruned reads them), result.json with dense, before
-and after, epochs.csv, TensorBoard events, checkpoint/. Run again, it skips what is done and goes on with the rest.
+Writes finetune/NAME/: architecture.json and model.safetensors (load_pruned reads them), model.py, model.onnx and
+model.pt2 (which need nothing of this project), result.json with dense, before and after, epochs.csv, TensorBoard
+events, checkpoint/. Run again, it skips what is done and goes on with the rest.
 """
 
 import sys
@@ -35,8 +36,9 @@ from cacp.pipeline import (
 )
 from cacp.policies import load_policies
 from cacp.recipe import Recipe
-from cacp.reporting import console, millions, percent, table, track_training
+from cacp.reporting import console, millions, percent, show_files, table, track_training
 from cacp.schema import UserError
+from cacp.shipping import forms_of, ship, unshipped
 from cacp.sweep import load_sweep, save_sweep
 from cacp.training import EpochRecord, chosen_epoch, fit
 
@@ -64,8 +66,10 @@ def main() -> None:
     recipe = training_recipe(
         experiment, experiment.finetune_epochs, experiment.finetune_lr, experiment.finetune_schedule
     )
-    done = [is_done(folders[export.name], export, recipe) for export in exports]
-    if not all(done) or load_sweep(experiment.folder):
+    finished = all(
+        is_done(folders[one.name], one, recipe) and is_shipped(experiment, folders[one.name]) for one in exports
+    )
+    if not finished or load_sweep(experiment.folder):
         with only_writer(experiment.folder):
             finetune_all(experiment, recipe, exports, folders, device)
     show_results(
@@ -87,6 +91,8 @@ def finetune_all(
         folder = folders[export.name]
         model, records = train(experiment, recipe, export, folder, splits, dense)
         finish(experiment, recipe, export, folder, model, records, dense)
+    for folder in folders.values():
+        complete(experiment, folder)
     if rows := load_sweep(experiment.folder):
         save_sweep(experiment.folder, rows)
 
@@ -164,6 +170,21 @@ def finish(
         "environment": environment(experiment.seed),
     }
     save_json(folder / "result.json", result)
+
+
+def is_shipped(experiment: Experiment, folder: Path) -> bool:
+    """Whether a fine-tuned model has all the forms that are asked for."""
+    return not unshipped(folder, experiment.forms, forms_of(load_json(folder / "result.json", RESULT)))
+
+
+def complete(experiment: Experiment, folder: Path) -> None:
+    """Write the forms that a fine-tuned model lacks, and add them to its result."""
+    if is_shipped(experiment, folder):
+        return
+    result = load_json(folder / "result.json", RESULT)
+    result["forms"] = ship(folder, load_exported(experiment, folder), experiment.forms, forms_of(result))
+    save_json(folder / "result.json", result)
+    show_files("fine-tuned", folder, result["forms"], "result.json")
 
 
 def show_results(results: dict[str, dict[str, Any]], folder: Path) -> None:

@@ -30,6 +30,7 @@ _LISTS = {
     "mean": "[0.5, 0.5, 0.5]",
     "std": "[0.2, 0.2, 0.2]",
     "ignore": "[layer1.*]",
+    "forms": "[onnx, pt2]",
 }
 _ALIASES = {"quantiles": ["--quantile", "--sweep"]}
 LONGEST_NAME = 100  # characters that are compared
@@ -183,6 +184,7 @@ def _add_setting(group: Any, item: dataclasses.Field[Any], command: str) -> None
         "targets": _Type("kept fraction or range", macs_target),
         "quantiles": _Type("quantile or range", quantile),
         "ignore": str,
+        "forms": str,
     }
     element = elements.get(item.name, float)
     keywords: dict[str, Any] = {"type": element, "nargs": "+"} if listed else {"type": kind}

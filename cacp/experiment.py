@@ -22,9 +22,10 @@ from cacp.models import MODEL_HELP, wrong_name
 from cacp.ranges import quantile_list, range_ends
 from cacp.schedules import SCHEDULE_HELP, is_schedule
 from cacp.schema import COSTS, Budget, UserError
+from cacp.shipping import FORMS
 
 # What a setting shapes: who the dense model is and which images judge it, how networks are trained, the policies, the
-# fine-tuning, or nothing but where and on what a command runs.
+# fine-tuning, or nothing but where and on what a command runs, and what it writes besides.
 IDENTITY, TRAINING, POLICY, FINETUNE, MACHINE = "identity", "training", "policy", "finetune", "machine"
 LARGEST_NUMBER, MOST_WORKERS = 2**32 - 1, 1024
 TARGETS = (0.3, 0.5, 0.7)  # the paper's
@@ -123,6 +124,9 @@ class Experiment:
     quantiles: list[float | str] = _setting(
         (), POLICY, "gfi_ap, instead of targets: parts of all filters that go, or LOW:HIGH:STEP; --quantile, --sweep"
     )
+    forms: list[str] = _setting(
+        FORMS, MACHINE, f"export, finetune: what models are written as, beside safetensors: of {', '.join(FORMS)}"
+    )
     finetune_epochs: int = _setting(400, FINETUNE, "epochs of every exported model")
     finetune_lr: float = _setting(0.1, FINETUNE, "highest learning rate")
     finetune_schedule: str = _setting("paper", FINETUNE, SCHEDULE_HELP)
@@ -135,7 +139,7 @@ class Experiment:
         ]
         if empty:
             raise UserError("these settings are empty:\n  " + "\n  ".join(empty))
-        for key in ("targets", "ignore", "quantiles"):
+        for key in ("targets", "ignore", "quantiles", "forms"):
             object.__setattr__(self, key, tuple(dict.fromkeys(getattr(self, key))))
         if not (self.targets or self.quantiles or self.macs or self.params):
             object.__setattr__(self, "targets", TARGETS)
@@ -212,6 +216,8 @@ def _wrong_choices(experiment: Experiment) -> list[str]:
     for key in ("pretrain_schedule", "finetune_schedule", "method_schedule"):
         if (value := getattr(experiment, key)) is not None and not is_schedule(value):
             wrong.append(f"{key} must be {SCHEDULE_HELP}, but got {value!r}")
+    if unknown := [form for form in experiment.forms if form not in FORMS]:
+        wrong.append(f"forms must be of {', '.join(FORMS)}, but got {', '.join(map(repr, unknown))}")
     return wrong + [
         f"{key} must be one of {', '.join(filter(None, known))}, but got {getattr(experiment, key)!r}"
         for key, known in choices.items()

@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import copy
 import math
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
 from cacp.checkpoint import load_json, save_json, save_tensors
-from cacp.evaluation import device_of, synchroniser
+from cacp.evaluation import device_of
 from cacp.graph import trace
 from cacp.models import build_model
 from cacp.models.weights import load_weights
@@ -177,44 +175,3 @@ def _any_policy(groups: ChannelGroups, keep_counts: Mapping[str, int], folder: s
     if wrong:
         raise UserError(f"{folder}: these keep counts do not fit the model: {listed(wrong, ', ')}; export it again")
     return Policy({name: tuple(range(count)) for name, count in {**channels, **keep_counts}.items()}, "loaded")
-
-
-class Latency(NamedTuple):
-    """Milliseconds for one batch: median and interquartile range over the repeats."""
-
-    batch: int
-    median_ms: float
-    spread_ms: float
-
-
-def measure_latency(
-    models: Sequence[nn.Module], input_shape: Sequence[int], batch: int, repeats: int = 30
-) -> list[Latency]:
-    """Latency of several models, measured in turn, so that all see the same machine.
-
-    Args:
-        models: on one device; put in eval mode.
-        input_shape: (C, H, W) of an image.
-        batch: images a batch.
-        repeats: timed forward passes of each model, after five that are not timed.
-    """
-    device = device_of(models[0])
-    synchronise = synchroniser(device)
-    images = torch.zeros(batch, *input_shape, device=device)
-    times_ms: list[list[float]] = [[] for _ in models]
-    for model in models:
-        model.eval()
-    with torch.inference_mode():
-        for repeat in range(-5, repeats):
-            for model, samples in zip(models, times_ms, strict=True):
-                start = time.perf_counter()
-                model(images)
-                synchronise()
-                if repeat >= 0:
-                    samples.append(1000 * (time.perf_counter() - start))
-    return [_summary(batch, samples) for samples in times_ms]
-
-
-def _summary(batch: int, samples_ms: list[float]) -> Latency:
-    quartiles = statistics.quantiles(samples_ms, n=4)
-    return Latency(batch, statistics.median(samples_ms), quartiles[2] - quartiles[0])

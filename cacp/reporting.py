@@ -33,6 +33,7 @@ from cacp.history import Episode
 from cacp.policies import load_policies
 from cacp.profiling import Profile
 from cacp.schema import Budget, ChannelGroups
+from cacp.shipping import FILES
 from cacp.training import EpochRecord
 
 console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 120)
@@ -201,6 +202,22 @@ def show_reachable(groups: ChannelGroups, cost_model: CostModel, budgets: Sequen
     )
     at_most, uniform_costs = ([form.format(cost) for cost in costs] for form in ("{} at most", "uniform {}"))
     console.print(table(title, ["budget", *at_most, "uniform keep ratio", *uniform_costs], rows))
+
+
+def show_files(done: str, folder: Path, forms: Mapping[str, Mapping[str, Any]], record: str) -> None:
+    """Say which files a model was written to, and which of its forms are missing and why.
+
+    Args:
+        done: what was done to the model.
+        folder: of the files.
+        forms: from `cacp.shipping.ship`.
+        record: name of the file that was written last.
+    """
+    files = [form["file"] for form in forms.values() if "file" in form]
+    console.print(f"{done} {folder}: {', '.join(['model.safetensors', 'architecture.json', *files, record])}")
+    for name, form in forms.items():
+        if "missing" in form:
+            console.print(f"  no {FILES[name]}: {form['missing']}")
 
 
 def show_policies(folder: Path, names: Sequence[str]) -> None:

@@ -19,6 +19,7 @@ TINY = [
     "--episodes=14",
     "--warmup_episodes=5",
     "--finetune_epochs=1",
+    "--forms=python",
 ]
 
 LIMITED = """

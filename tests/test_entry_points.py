@@ -90,6 +90,46 @@ def test_typed_again_nothing_is_done_again(call: Call, finished: Path) -> None:
     assert len([path for path in finished.rglob("*") if path.is_file()]) == len(before) + len(written)
 
 
+def test_an_older_export_and_fine_tuning_get_the_forms_they_lack(call: Call, finished: Path, tmp_path: Path) -> None:
+    folder, old = tmp_path / "old", tmp_path / "old" / "export" / "macs-0.50"
+    shutil.copytree(finished, folder)
+    report = json.loads((old / "report.json").read_text())
+    older = {key: report[key] for key in report if not key.startswith(("forms", "latency_"))}
+    (old / "report.json").write_text(json.dumps({**older, "latency_ms": report["latency_ms"]}))
+    (old / "model.py").unlink()
+    weights, other = (old / "model.safetensors").stat().st_mtime_ns, folder / "export" / "macs-0.30" / "report.json"
+    before = other.stat().st_mtime_ns
+    out = call("export", folder)
+    assert " ".join(out.split()).count("model.safetensors, architecture.json, model.py, report.json") == 1
+    assert (old / "model.safetensors").stat().st_mtime_ns == weights and other.stat().st_mtime_ns == before
+    completed = json.loads((old / "report.json").read_text())
+    assert completed["forms"]["python"]["file"] == "model.py" and completed.keys() == report.keys()
+    assert completed["latency_ms_onnxruntime"] == {"missing": "not among --forms"}
+    shutil.copy(folder / "finetune" / "macs-0.30" / "model.py", tmp_path)
+    (folder / "finetune" / "macs-0.30" / "model.py").unlink()
+    assert "macs-0.30: model.safetensors, architecture.json, model.py, result.json" in " ".join(
+        call("finetune", folder).split()
+    )
+    assert (folder / "finetune" / "macs-0.30" / "model.py").read_text() == (tmp_path / "model.py").read_text()
+
+
+@pytest.mark.slow
+def test_all_forms_are_written_and_timed_by_export_and_written_by_finetune(
+    call: Call, finished: Path, tmp_path: Path
+) -> None:
+    folder, name = tmp_path / "all", "macs-0.50"
+    call("prune", *TINY, f"--weights={finished}", "--targets=0.5", "--output", folder)
+    forms = ["--forms", "python", "onnx", "pt2"]
+    assert "model.py, model.onnx, model.pt2, report.json" in " ".join(call("export", folder, *forms).split())
+    report = json.loads((folder / "export" / name / "report.json").read_text())
+    for key in ("latency_ms", "latency_ms_onnxruntime"):
+        assert [list(times) for times in report[key].values()] == [["dense", "pruned"]] * 2
+    assert "exported" not in call("export", folder, *forms).partition("milliseconds")[0].replace("exported models", "")
+    assert "model.py, model.onnx, model.pt2, result.json" in " ".join(call("finetune", folder, *forms).split())
+    result = json.loads((folder / "finetune" / name / "result.json").read_text())
+    assert [record["file"] for record in result["forms"].values()] == ["model.py", "model.onnx", "model.pt2"]
+
+
 def test_the_agent_answers_a_target_it_never_saw(call: Call, finished: Path, tmp_path: Path) -> None:
     folder = tmp_path / "asked"
     shutil.copytree(finished, folder)

@@ -1,4 +1,4 @@
-"""Pruned models on disk: round trip, damage, latency."""
+"""Pruned models on disk: round trip, damage."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from cacp.cost import CostModel
 from cacp.evaluation import device_of
-from cacp.exporting import Architecture, load_architecture, load_pruned, measure_latency, save_pruned
+from cacp.exporting import Architecture, load_architecture, load_pruned, save_pruned
 from cacp.graph import trace
 from cacp.schema import Normalisation, UserError
 from cacp.slicing import slice_model
@@ -22,16 +22,22 @@ CLASSES = tuple("abcdefghij")
 
 
 def exported(
-    folder: Path, model: nn.Module, scope: str, name: str = "resnet20", seed: int = 0, ignore: Sequence[str] = ()
+    folder: Path,
+    model: nn.Module,
+    scope: str,
+    name: str = "resnet20",
+    seed: int = 0,
+    ignore: Sequence[str] = (),
+    size: int = 16,
 ) -> nn.Module:
     """Slice at random, save, and return the sliced model."""
-    groups = trace(model, torch.zeros(1, 3, 16, 16, device=device_of(model)), scope, ignore)
+    groups = trace(model, torch.zeros(1, 3, size, size, device=device_of(model)), scope, ignore)
     policy, cost_model = random_policy(groups, seed), CostModel(groups)
     sliced = slice_model(model, groups, policy).eval()
     architecture = Architecture(
         model=name,
         classes=CLASSES,
-        input_shape=(3, 16, 16),
+        input_shape=(3, size, size),
         normalisation=Normalisation((0.4, 0.5, 0.6), (0.2, 0.25, 0.3)),
         scope=scope,
         keep_counts=policy.counts,
@@ -161,15 +167,6 @@ def test_damaged_and_missing_files_are_named(tmp_path: Path, file: str, bytes_: 
     (tmp_path / file).unlink()
     with pytest.raises(UserError, match=file.replace(".", r"\.") + ".* does not exist"):
         load_pruned(tmp_path)
-
-
-def test_latency_is_measured_for_every_model() -> None:
-    small, large = nn.Conv2d(3, 4, 1), nn.Sequential(*(nn.Conv2d(3, 3, 7, padding=3) for _ in range(30))).train()
-    latencies = measure_latency([small, large], (3, 32, 32), batch=2, repeats=5)
-    assert [latency.batch for latency in latencies] == [2, 2]
-    assert all(latency.spread_ms >= 0 for latency in latencies)
-    assert 0 < latencies[0].median_ms < latencies[1].median_ms
-    assert not large.training
 
 
 @pytest.mark.gpu

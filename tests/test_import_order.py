@@ -22,7 +22,7 @@ RANKS = {
     "cacp.gram": 2, "cacp.gfi": 2, "cacp.reconstruction": 2, "cacp.budget": 2, "cacp.importance": 2, "cacp.data": 2,
     "cacp.slicing": 3, "cacp.repair": 3, "cacp.fusion": 3, "cacp.evaluation": 3, "cacp.training": 3,
     "cacp.steps": 3, "cacp.recipe": 3, "cacp.history": 3,
-    "cacp.scoring": 4, "cacp.exporting": 4,
+    "cacp.source": 2, "cacp.plain": 2, "cacp.scoring": 4, "cacp.exporting": 4, "cacp.shipping": 4, "cacp.latency": 4,
     "cacp.methods": 5, "cacp.figures": 5, "cacp.reporting": 5, "envs": 5, "agents": 5,
     "cacp.experiment": 6, "cacp.config": 6, "cacp.dense": 6, "cacp.records": 6, "cacp.sweep": 6, "cacp.pipeline": 6,
     "cacp.runfolder": 6, "cacp.page": 6,

@@ -72,6 +72,11 @@ def test_a_method_and_a_search_do_not_share_a_folder(call: Call, finished: Path)
         ("search", ["--output=x", "--model=my_net.build"], ["package.module:function", "'my_net.build'"]),
         ("search", ["--output=x", "--min_keep=0"], ["min_keep must be above 0, but got 0.0"]),
         ("search", ["--output=x", "--channel_multiple=0"], ["channel_multiple must be above 0, but got 0"]),
+        (
+            "export",
+            ["--output=x", "--forms", "onnx", "tflite"],
+            ["forms must be of python, onnx, pt2, but got 'tflite'"],
+        ),
         ("search", ["--output=x", "--dataset=cifar11"], ["dataset must be one of digits", "'cifar11'"]),
         ("search", ["--output=x", "--criterion=l3"], ["criterion must be one of l1", "'l3'"]),
         ("search", ["--output=x", "--targets", "0.5", "1.5"], ["targets must be kept fractions in (0, 1]", "1.5"]),
