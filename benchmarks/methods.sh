@@ -26,9 +26,8 @@ prune caie caie
 prune caie_unaware caie --constraint_aware false
 prune sfp sfp --epochs 5 --method_lr 0.01
 prune fpgm fpgm --epochs 5 --method_lr 0.01
-prune fpgm_mix fpgm --epochs 5 --method_lr 0.01 --norm_share 0.25
 prune magnitude magnitude
-names=(cacp uniform taylor sensitivity gfi_ap caie caie_unaware sfp fpgm fpgm_mix)
+names=(cacp uniform taylor sensitivity gfi_ap caie caie_unaware sfp fpgm)
 for name in "${names[@]}"; do
     python export.py "$runs/$name"
     python finetune.py "$runs/$name" --epochs 3 --finetune_lr 0.02 --finetune_schedule cosine
