@@ -32,4 +32,4 @@ for name in "${names[@]}"; do
     python export.py "$runs/$name"
     python finetune.py "$runs/$name" --epochs 3 --finetune_lr 0.02 --finetune_schedule cosine
 done
-python -m benchmarks.summarise "${names[@]/#/$runs/}" --output results/methods.json
+python -m benchmarks.summarise "${names[@]/#/$runs/}" "$runs/magnitude" --output results/methods.json

@@ -3,7 +3,8 @@
     python -m benchmarks.summarise RUN [RUN ...] --output results/NAME.json
 
 For each run: method, seconds of its search, and for each policy MACs, top-1 in the search, scored again, on the test
-images before fine-tuning, and (where there is a fine-tuning) after it.
+images before fine-tuning, and (where there is a fine-tuning) after it; of networks with single weights zero, which are
+not exported, their results.
 """
 
 import argparse
@@ -22,7 +23,9 @@ from cacp.pipeline import environment
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, help="run folders, exported; the same data set")
+    parser.add_argument(
+        "runs", nargs="+", type=Path, help="run folders, exported where there is something to export; the same data set"
+    )
     parser.add_argument("--output", required=True, type=Path, help="JSON file to write")
     arguments = parser.parse_args()
     settings = yaml.safe_load((arguments.runs[0] / "config.yaml").read_text())
@@ -47,7 +50,10 @@ def summarised(run: Path, test: ImageData) -> dict[str, Any]:
         "settings": {key: value for key, value in settings.items() if key not in places and value is not None},
         "search_seconds": search_seconds(run / "search" / "episodes.csv"),
         "environment": load_json(run / "environment.json"),
-        "policies": {folder.name: policy_row(run, folder.name, test) for folder in sorted((run / "export").iterdir())},
+        "policies": {folder.name: policy_row(run, folder.name, test) for folder in sorted((run / "export").glob("*"))},
+        "unstructured": {
+            folder.name: load_json(folder / "result.json") for folder in sorted((run / "unstructured").glob("*"))
+        },
     }
 
 

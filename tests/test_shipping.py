@@ -76,8 +76,9 @@ def test_every_form_gives_the_models_outputs_for_any_batch(
         x = images(batch, pixels)
         expected = logits(model, x)
         found = torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
-        torch.testing.assert_close(logits(program, x), expected, rtol=0, atol=1e-4)
+        allowed = 1e-4 * max(1.0, expected.abs().max().item())  # weights drawn at random give logits of hundreds
+        torch.testing.assert_close(found, expected, rtol=0, atol=allowed)
+        torch.testing.assert_close(logits(program, x), expected, rtol=0, atol=allowed)
     here = str(Path(shipping.__file__).resolve().parents[1]).encode()
     for file in ("model.onnx", "model.pt2", "model.py"):
         content = (tmp_path / file).read_bytes()
