@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import json
 import math
 import shlex
 from collections.abc import Callable, Mapping
@@ -16,11 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import yaml
 from safetensors import SafetensorError, safe_open
 
 from cacp.experiment import Experiment
 from cacp.history import Episode
+from cacp.parsing import LARGEST_JSON, LARGEST_YAML, parse_json, parse_settings, read_text
 from cacp.schema import Budget, PolicyRecord, UserError
 from cacp.sweep import SweepRow, load_sweep
 
@@ -115,7 +114,7 @@ def read_run(folder: Path) -> RunFolder:
         raise UserError(f"{folder} holds no run (no config.yaml); make one with bash scripts/search_export.sh")
     run = RunFolder(folder, folder.resolve().name)
     read = _Reader(run.problems)
-    run.settings = read(folder / "config.yaml", _mapping_of_yaml, {})
+    run.settings = read(folder / "config.yaml", _settings, {})
     run.experiment = read(folder / "config.yaml", lambda path: _experiment(run.settings, folder), None)
     entries: Any = read(folder / "environment.json", _json, [])
     run.environments = [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
@@ -181,17 +180,11 @@ class _Reader:
 
 
 def _json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    return parse_json(read_text(path, LARGEST_JSON))
 
 
-def _mapping_of_yaml(path: Path) -> dict[str, Any]:
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(str(error)) from error
-    if not isinstance(settings, dict):
-        raise ValueError("it holds no settings")
-    return {str(key): value for key, value in settings.items()}
+def _settings(path: Path) -> dict[str, Any]:
+    return parse_settings(read_text(path, LARGEST_YAML))
 
 
 def _experiment(settings: Mapping[str, Any], folder: Path) -> Experiment:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ from cacp.own import is_own
 from cacp.page.markup import Markup, joined, table, tag
 from cacp.page.result import megabytes, policy_title
 from cacp.reporting import duration, percent
-from cacp.runfolder import Rows, RunFolder, at, stages
+from cacp.runfolder import Rows, RunFolder, at, command, stages
 
 
 def unfinished(run: RunFolder) -> Iterator[Markup]:
@@ -88,7 +87,7 @@ def setup(run: RunFolder) -> Markup:
     """Settings, commands, versions and hardware."""
     rows = [[name, _plain(value)] for name, value in run.settings.items()]
     typed = [entry["command"] for entry in run.environments if isinstance(entry.get("command"), list)]
-    commands = [shlex.join(["python", *map(str, words)]) for words in typed]
+    commands = [command(*words) for words in typed]
     parts = [tag("pre", tag("code", "\n".join(dict.fromkeys(commands))))] if commands else []
     facts = {key: value for key, value in run.dense.items() if key != "classes"}
     parts.append(_fold("Settings", table("config.yaml", ["setting", "value"], rows, text=True)))
