@@ -1,10 +1,12 @@
 """A cell of `benchmarks.search_quality`: a network, its images, and a purse that every score is paid from."""
 
+from __future__ import annotations
+
 import argparse
 import hashlib
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,14 +18,14 @@ from cacp.importance import channel_importance, channel_orders
 from cacp.models import build_model
 from cacp.models.weights import load_weights
 from cacp.pipeline import criterion_batches
-from cacp.schema import ChannelGroups, Normalisation, Policy, Score
+from cacp.schema import ChannelGroups, Normalisation, Policy, Score, UserError
 from cacp.scoring import PolicyScorer
 from cacp.slicing import counts_policy
 
 TARGETS = (0.3, 0.4, 0.5, 0.6, 0.7)
 BETWEEN = (0.35, 0.45, 0.55, 0.65)  # never searched by ours: one planned policy each, against 100 random ones
-POLICIES = 100  # a target
-VALIDATION, CALIBRATION, DEVELOPMENT = 1000, 512, 5000  # images
+CALIBRATION, DEVELOPMENT = 512, 5000  # images
+PURSE = 100 * (1000 + CALIBRATION)  # images a target that the policies of a cell may be run on
 DEVELOPMENT_SEED = 12345
 NORMALISATION = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # of the weights
 
@@ -38,12 +40,35 @@ class Found(NamedTuple):
     value: float
 
 
+class Spending(NamedTuple):
+    """What a purse goes to: policies a target, each scored on so many validation images.
+
+    Raises:
+        UserError: by `check`, where the purse has less.
+    """
+
+    policies: int = 100
+    validation: int = 1000
+
+    def check(self) -> Spending:
+        images = self.policies * (self.validation + CALIBRATION)
+        if min(self) < 1 or images > PURSE:
+            raise UserError(
+                f"{self.policies} policies on {self.validation} + {CALIBRATION} images are {images} a target, "
+                f"and a purse has {PURSE}; use fewer policies or --validation images"
+            )
+        return self
+
+
 class Cell:
     """A network, its images and the purse of one cell."""
 
-    def __init__(self, model: str, weights: Path, train: ImageData, seed: int) -> None:
+    def __init__(
+        self, model: str, weights: Path, train: ImageData, seed: int, spending: Spending | None = None
+    ) -> None:
+        self.spending = spending or Spending()
         self.development, rest = development_split(train)
-        splits = make_splits(rest, None, VALIDATION, CALIBRATION, seed)
+        splits = make_splits(rest, None, self.spending.validation, CALIBRATION, seed)
         self.splits = splits  # the development split is in none of them
         device = torch.device("cpu" if not torch.cuda.is_available() else "cuda")
         self.model = build_model(model, len(train.classes), seed=0)
@@ -54,7 +79,7 @@ class Cell:
         self._orders: dict[str, dict[str, torch.Tensor]] = {}
         self.seed = seed
         self.scored = 0
-        self.purse = POLICIES * len(TARGETS)
+        self.purse = self.spending.policies * len(TARGETS)
         self.criterion = "reconstruction"
         self.forgiven = 0.0  # of the dense MACs, above a target
 
@@ -118,12 +143,20 @@ def load_inputs(arguments: argparse.Namespace) -> Inputs:
     return Inputs(weights, train, load_dataset(arguments.dataset, "test", arguments.data_dir) if judging else None)
 
 
+def cell_of(found: dict[str, Any], inputs: Inputs) -> Cell:
+    """The cell that something was found in."""
+    spending = Spending(found["made_with"]["policies_a_target"], found["made_with"]["validation"])
+    return Cell(found["model"], inputs.weights[found["model"]], inputs.train, found["seed"], spending)
+
+
 def cell_arguments(doc: str | None) -> argparse.ArgumentParser:
     """What every command on cells takes; see `benchmarks.search_quality`."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", default="cifar10")
     parser.add_argument("--data_dir", default="data")
     parser.add_argument("--weights", nargs="+", required=True, metavar="MODEL=FILE")
+    parser.add_argument("--policies", type=int, default=Spending().policies, help="of a target")
+    parser.add_argument("--validation", type=int, default=Spending().validation, help="images that score a policy")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--work", required=True, type=Path, help="folder of a file a cell")
     parser.add_argument("--judge", choices=("development", "test"), help="images that judge what was found")

@@ -12,7 +12,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality_cell import NORMALISATION, Cell, cell_arguments, load_inputs, policy_hash
+from benchmarks.quality_cell import NORMALISATION, Cell, cell_arguments, cell_of, load_inputs, policy_hash
 from benchmarks.quality_searchers import SEARCHERS
 from benchmarks.quality_table import conclude
 from benchmarks.score_quality import RECIPE
@@ -35,12 +35,10 @@ def main() -> None:
     inputs = load_inputs(arguments)
     settings = {**RECIPE, "epochs": arguments.epochs}
     rows = []
-    for seed, (model, file), searcher in itertools.product(
-        arguments.seeds, inputs.weights.items(), arguments.searchers
-    ):
+    for seed, model, searcher in itertools.product(arguments.seeds, inputs.weights, arguments.searchers):
         path = arguments.work / f"{model}_{searcher}_{seed}.json"
         if path.is_file():
-            cell = Cell(model, file, inputs.train, seed)
+            cell = cell_of(load_json(path), inputs)
             rows.append(finetuned(path, cell, arguments.targets, Recipe(**settings), inputs.test))
             print(path.stem, *(f"{name} {100 * row['top1']:.2f}" for name, row in rows[-1]["measured"].items()))
     if not rows:

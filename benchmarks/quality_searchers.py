@@ -10,7 +10,7 @@ from functools import partial
 from agents import WARMUP_EPISODES, ConditionalDDPG, EpisodeEnd, Searcher, make_agent
 from agents.planner import Plan, Ratios
 from benchmarks.published_cacp import published_search
-from benchmarks.quality_cell import BETWEEN, POLICIES, TARGETS, Cell, Found
+from benchmarks.quality_cell import BETWEEN, TARGETS, Cell, Found
 from cacp.budget import uniform_counts
 from cacp.methods.sensitivity import degradation_curves, threshold_counts
 from cacp.methods.threshold import most_important_counts
@@ -38,7 +38,7 @@ def by_agent(
         result: EpisodeResult = end.info["result"]
         found.append(Found(result.budget.targets["macs"], result.counts, result.reward))
 
-    agent.run(POLICIES * len(targets), on_episode)
+    agent.run(cell.spending.policies * len(targets), on_episode)
     if isinstance(agent, ConditionalDDPG) and len(targets) > 1:
         cell.purse += len(BETWEEN)
         answers = {target: planned_policy(env, agent, target) for target in BETWEEN}
@@ -57,7 +57,7 @@ def by_amc(cell: Cell) -> list[Found]:
 
 def by_published(cell: Cell) -> list[Found]:
     cell.forgiven, cell.criterion = TARGET_TOLERANCE, "l1"
-    episodes = published_search(cell.groups, cell.stale_top1, TARGETS, POLICIES * len(TARGETS), cell.seed)
+    episodes = published_search(cell.groups, cell.stale_top1, TARGETS, cell.purse, cell.seed)
     return [Found(*episode) for episode in episodes]
 
 
@@ -66,8 +66,7 @@ def by_uniform(cell: Cell) -> list[Found]:
 
 
 def by_sensitivity(cell: Cell) -> list[Found]:
-    purse = POLICIES * len(TARGETS)
-    curves = degradation_curves(lambda counts: cell.score(counts).probability, cell.cost_model, purse)
+    curves = degradation_curves(lambda counts: cell.score(counts).probability, cell.cost_model, cell.purse)
     return [
         Found(target, threshold_counts(curves, cell.cost_model, Budget({"macs": target})), 0.0) for target in TARGETS
     ]

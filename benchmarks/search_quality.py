@@ -4,8 +4,9 @@
         --weights resnet20=FILE resnet56=FILE [--searchers NAME ...] [--seeds 0 1 2] \
         [--judge development|test --result results/search_quality.json]
 
-A cell is a searcher, a model and a seed: 100 policies a target, each scored on 1,000 validation images after batch norm
-was recalibrated on 512 training images. What it found is a JSON file in FOLDER; a cell whose file is there is skipped.
+A cell is a searcher, a model and a seed. Its purse pays, a target, for 100 policies that are each scored on 1,000
+validation images after batch norm was recalibrated on 512 training images, or for as many images by fewer policies
+(--policies 60 --validation 2000). What it found is a JSON file in FOLDER; a cell whose file is there is skipped.
 --judge then measures in fp32 what these cells found: on 5,000 training images that nothing else uses (for decisions),
 or on the test images (for the final table, once; not the variants of ours).
 
@@ -34,13 +35,13 @@ from typing import Any
 
 from benchmarks.quality_cell import (
     CALIBRATION,
-    POLICIES,
     TARGETS,
-    VALIDATION,
     Cell,
     Found,
     Inputs,
+    Spending,
     cell_arguments,
+    cell_of,
     load_inputs,
 )
 from benchmarks.quality_searchers import RIVALS, SEARCHERS
@@ -62,7 +63,8 @@ def main() -> None:
     if arguments.judge == "test" and not set(arguments.searchers) <= set(RIVALS):
         parser.error(f"--judge test is for {', '.join(RIVALS)}; decide among the others with --judge development")
     inputs, paths = load_inputs(arguments), []
-    purse = {"policies_a_target": POLICIES, "validation": VALIDATION, "calibration": CALIBRATION}
+    spending = Spending(arguments.policies, arguments.validation).check()
+    purse = {"policies_a_target": spending.policies, "validation": spending.validation, "calibration": CALIBRATION}
     checksums = {model: sha256(file) for model, file in inputs.weights.items()}
     for seed, (model, file), searcher in itertools.product(
         arguments.seeds, inputs.weights.items(), arguments.searchers
@@ -70,7 +72,7 @@ def main() -> None:
         path = arguments.work / f"{model}_{searcher}_{seed}.json"
         made_with = {**purse, "weights_sha256": checksums[model]}
         if not path.is_file():
-            found = searched(searcher, model, Cell(model, file, inputs.train, seed))
+            found = searched(searcher, model, Cell(model, file, inputs.train, seed, spending))
             save_json(path, portable({**found, "made_with": made_with}))
             print(path.stem, f"{found['seconds']:.0f} s", flush=True)
         elif load_json(path)["made_with"] != made_with:
@@ -112,7 +114,7 @@ def measured(path: Path, inputs: Inputs) -> dict[str, Any]:
 
 def scores_of(found: dict[str, Any], inputs: Inputs) -> dict[str, dict[str, float]]:
     """By target, what the policies score that a cell picked."""
-    cell = Cell(found["model"], inputs.weights[found["model"]], inputs.train, found["seed"])
+    cell = cell_of(found, inputs)
     cell.criterion = found["criterion"]
     scorer, dense = cell.scorer(cell.development if inputs.test is None else inputs.test), cell.cost_model.dense.macs
     scores = {

@@ -12,8 +12,8 @@ import torch
 from conftest import resnet20
 from test_agents import ToyEnv, play
 
-from benchmarks import quality_cell, quality_searchers, search_quality
-from benchmarks.quality_cell import Cell, Found
+from benchmarks import quality_cell, search_quality
+from benchmarks.quality_cell import PURSE, Cell, Found, Spending
 from benchmarks.quality_searchers import SEARCHERS, WithoutActor, WithoutImagination, WithoutPlanner
 from benchmarks.quality_table import summed_up
 from benchmarks.score_quality import correlated, numbers
@@ -79,14 +79,14 @@ def cell_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, I
     pixels = torch.randint(256, (60, 3, 8, 8), generator=generator, dtype=torch.uint8)
     file = tmp_path / "resnet20.safetensors"
     save_tensors(file, resnet20().state_dict())
-    for name, count in (("VALIDATION", 10), ("CALIBRATION", 20), ("DEVELOPMENT", 20), ("POLICIES", 1)):
+    for name, count in (("CALIBRATION", 20), ("DEVELOPMENT", 20)):
         monkeypatch.setattr(quality_cell, name, count)
     return file, ImageData(pixels, torch.arange(60) % 10, tuple("abcdefghij"))
 
 
 @pytest.fixture
 def cell(cell_parts: tuple[Path, ImageData]) -> Cell:
-    return Cell("resnet20", *cell_parts, seed=0)
+    return Cell("resnet20", *cell_parts, seed=0, spending=Spending(policies=1, validation=10))
 
 
 def test_the_purse_pays_every_score_and_no_more(cell: Cell) -> None:
@@ -96,6 +96,17 @@ def test_the_purse_pays_every_score_and_no_more(cell: Cell) -> None:
     assert scores[0] == scores[3] and 0 <= cell.stale_top1(counts) <= 1 and cell.scored == 5
     with pytest.raises(AssertionError, match="the purse is empty"):
         cell.score(counts)
+
+
+def test_a_purse_is_spent_on_many_policies_or_on_many_images() -> None:
+    assert PURSE == 100 * (1000 + 512)
+    assert Spending().check() == (100, 1000) and Spending(60, 2000).check() == (60, 2000)
+    with pytest.raises(
+        UserError, match=r"61 policies on 2000 \+ 512 images are 153232 a target, and a purse has 151200"
+    ):
+        Spending(61, 2000).check()
+    with pytest.raises(UserError, match="0 policies"):
+        Spending(0, 2000).check()
 
 
 def test_no_image_of_a_cell_serves_two_ends(cell: Cell) -> None:
@@ -109,11 +120,9 @@ def test_no_image_of_a_cell_serves_two_ends(cell: Cell) -> None:
 
 @pytest.mark.parametrize("searcher", SEARCHERS)
 def test_a_searcher_spends_its_purse_and_answers_every_target(
-    searcher: str, cell_parts: tuple[Path, ImageData], monkeypatch: pytest.MonkeyPatch
+    searcher: str, cell_parts: tuple[Path, ImageData]
 ) -> None:
-    for module in (quality_cell, quality_searchers):
-        monkeypatch.setattr(module, "POLICIES", 4)
-    cell = Cell("resnet20", *cell_parts, seed=0)
+    cell = Cell("resnet20", *cell_parts, seed=0, spending=Spending(policies=4, validation=10))
     found = search_quality.searched(searcher, "resnet20", cell)
     asked = ["0.35", "0.45", "0.55", "0.65"]
     episodes = {"uniform": 0, "taylor": 0, "sensitivity": cell.scored, "random-between": 16}.get(searcher, 20)
@@ -138,6 +147,7 @@ def test_cells_are_skipped_checked_and_judged_as_named(
     file, train = cell_parts
     monkeypatch.setattr(quality_cell, "load_dataset", lambda *_: train)
     words = ["--weights", f"resnet20={file}", "--work", tmp_path, "--seeds", 0, "--result", tmp_path / "result.json"]
+    words += ["--policies", 1, "--validation", 10]
 
     def main(*more: str) -> list[str]:
         monkeypatch.setattr(sys, "argv", ["search_quality", *map(str, words), *more])
@@ -147,6 +157,8 @@ def test_cells_are_skipped_checked_and_judged_as_named(
     assert main("--searchers", "uniform", "taylor", "--judge", "development") == ["uniform", "taylor"]
     monkeypatch.setattr(search_quality, "searched", None)
     assert main("--searchers", "uniform", "--judge", "test") == ["uniform"]
+    with pytest.raises(UserError, match=r"made with other weights or another purse"):
+        main("--searchers", "taylor", "--judge", "test", "--validation", "9")
     with pytest.raises(SystemExit):
         main("--searchers", "by-loss", "--judge", "test")
     assert "decide among the others with --judge development" in capsys.readouterr().err
