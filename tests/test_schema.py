@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from cacp.checkpoint import dump_json
 from cacp.schema import (
     Budget,
     ChannelGroup,
@@ -14,7 +15,6 @@ from cacp.schema import (
     PolicyRecord,
     Score,
     UserError,
-    dump_json,
 )
 
 GROUPS = ChannelGroups(
