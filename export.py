@@ -47,7 +47,9 @@ REPORT = {
     "latency_conditions": {"threads": int},
     "latency_why": {str: {"why": str}},
 }
-TARGETED = {"target": float, "batch": int, "predicted": float, "measured": float, "table_off_at_most": float}
+TARGETED = {
+    "target": float, "batch": int, "predicted": float, "measured": float, "table_off_at_most": float, "table": str,
+}  # fmt: skip
 
 
 def main() -> None:
@@ -194,8 +196,8 @@ def complete(
     report.update(stopwatch.report(pruned, record.policy.counts, model, sorted(batches)))
 
 
-def targeted_latency(report: Mapping[str, Any], record: PolicyRecord, table: LatencyTable) -> dict[str, float]:
-    """Parts of the dense latency: asked for, by the table, and as it was measured of the exported model."""
+def targeted_latency(report: Mapping[str, Any], record: PolicyRecord, table: LatencyTable) -> dict[str, Any]:
+    """Parts of the dense latency: asked for, by the table, and as it was measured of the exported model, here."""
     ms = report["latency_ms"][f"batch {table.batch}"]
     return {
         "target": record.budget.targets["latency"],
@@ -203,6 +205,7 @@ def targeted_latency(report: Mapping[str, Any], record: PolicyRecord, table: Lat
         "predicted": record.score.cost.latency_ps / table.dense_ps,
         "measured": ms["pruned"]["median"] / ms["dense"]["median"],
         "table_off_at_most": table.largest_error,
+        "table": f"{table.device}, {table.threads} threads, torch {table.torch}",
     }
 
 

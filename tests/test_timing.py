@@ -15,12 +15,15 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 from cacp import timing
-from cacp.budget import BudgetWalk, check_reachable, in_window, keep_count, meets_targets, scaled_ratios
+from cacp.budget import BudgetWalk, check_reachable, in_window, keep_count, meets_targets, scaled_ratios, uniform_counts
 from cacp.checkpoint import save_json
 from cacp.cost import CostModel
 from cacp.graph import trace, traced
 from cacp.latency_table import COEFFICIENTS, WHOLE, LatencyTable, layer_terms
-from cacp.schema import Budget, ChannelGroups, Cost, UserError
+from cacp.methods.caie import useful_parts
+from cacp.methods.sensitivity import threshold_counts
+from cacp.methods.threshold import most_important_counts
+from cacp.schema import COSTS, Budget, ChannelGroups, Cost, UserError
 from cacp.timing import DeviceClock, measure_table, stored_table
 
 DEVICE = "a device"
@@ -165,6 +168,30 @@ def test_a_policy_meets_macs_and_latency_and_uses_one_up(
     cost = inner.cost(walk.chosen)
     assert cost.macs <= macs * inner.dense.macs and cost.latency_ps <= latency * inner.dense.latency_ps
     assert meets_targets(cost, inner.dense, budget) and in_window(cost, inner.dense, budget)
+
+
+@pytest.mark.parametrize("budget", [{"latency": 0.5}, {"macs": 0.35, "params": 0.5, "latency": 0.6}], ids=str)
+def test_every_way_to_prune_by_a_threshold_takes_latency(streams: CostModel, budget: dict[str, float]) -> None:
+    asked, generator = Budget(budget), torch.Generator().manual_seed(0)
+    importance = {
+        name: torch.rand(channels, generator=generator)
+        for name, channels in zip(streams.names, streams.channels.tolist(), strict=True)
+    }
+    curves = [np.linspace(1, 0, count + 1) for count in streams.channels]
+    for curve, least in zip(curves, streams.min_keep, strict=True):
+        curve[:least] = np.nan
+    for counts in (
+        uniform_counts(streams, asked),
+        most_important_counts(importance, streams, asked),
+        threshold_counts(curves, streams, asked),
+    ):
+        cost = streams.cost(counts)
+        assert meets_targets(cost, streams.dense, asked)
+        kept = dict(zip(COSTS, np.array(cost) / np.array(streams.dense), strict=True))
+        assert max(kept[name] - target for name, target in budget.items()) > -0.05  # the grain of a stream
+    parts = useful_parts(streams, streams.channels.copy(), Budget({"latency": 0.5}))
+    slopes = [-streams.change(streams.channels, group, count - 1)[2] for group, count in enumerate(streams.channels)]
+    assert parts == pytest.approx(np.array(slopes) / streams.dense.latency_ps)
 
 
 def test_ratios_are_scaled_to_the_latency(streams: CostModel) -> None:
