@@ -22,7 +22,7 @@ from cacp.cost import CostModel
 from cacp.parsing import check_shape, shortened
 from cacp.schema import Axis, ChannelGroups, LayerTime, UserError
 
-FORMAT = 1
+FORMAT, FILE = 1, "latency.json"  # in a run folder
 WHOLE = "whole network"  # what the layers alone cannot see
 LARGEST_PS = 2.0**53  # 2.5 hours; sums stay exact
 COEFFICIENTS = LayerTime._fields[3:]

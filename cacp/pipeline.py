@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cacp import latency_table
 from cacp.budget import check_reachable
 from cacp.checkpoint import load_json, save_json
 from cacp.config import differences, save_config, stage_keys
@@ -30,7 +31,6 @@ from cacp.exporting import load_architecture, load_pruned
 from cacp.graph import trace, traced
 from cacp.history import Episode
 from cacp.importance import channel_importance, channel_orders
-from cacp.latency_table import LatencyTable
 from cacp.locking import is_fresh, only_writer
 from cacp.models import build_model
 from cacp.own import is_own
@@ -42,7 +42,6 @@ from cacp.scoring import CALIBRATION_BATCH, PolicyScorer
 from cacp.slicing import counts_policy
 from cacp.timing import measure_table, stored_table
 
-LATENCY_TABLE = "latency.json"
 GRADIENT_IMAGES = 10_000  # training images of the criterion taylor
 
 
@@ -186,7 +185,7 @@ def channel_groups(experiment: Experiment, model: nn.Module, example: Tensor) ->
 
 def timed_groups(
     experiment: Experiment, model: nn.Module, image_shape: tuple[int, int, int], any_device: bool = False
-) -> tuple[ChannelGroups, LatencyTable | None]:
+) -> tuple[ChannelGroups, latency_table.LatencyTable | None]:
     """The groups of a model; where latency is a target with the run's table of it, which is measured if there is none.
 
     Args:
@@ -202,10 +201,10 @@ def timed_groups(
     groups = channel_groups(experiment, model, example)
     if experiment.latency is None:
         return groups, None
-    path, device = experiment.folder / LATENCY_TABLE, device_name(device_of(model))
-    table = stored_table(path, experiment.latency_batch, None if any_device else device)
+    path, device = experiment.folder / latency_table.FILE, device_name(device_of(model))
+    table = stored_table(path, experiment.latency_batch, image_shape, None if any_device else device)
     if table is None:
-        begun = [part for part in ("policies", "search/checkpoint") if (experiment.folder / part).exists()]
+        begun = [part for part in ("policies", "method", "search/checkpoint") if (experiment.folder / part).exists()]
         if begun:
             raise UserError(
                 f"{path} is missing, and what {experiment.folder} holds was made with it ({', '.join(begun)}); restore "
@@ -256,7 +255,7 @@ class Workbench:
     rescorer: PolicyScorer  # on the holdout images, fp32, batch norm recalibrated on all calibration images
     splits: Splits
     seed: int
-    table: LatencyTable | None  # where latency is a target
+    table: latency_table.LatencyTable | None  # where latency is a target
     _importance: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     def retrained(self, weights: Mapping[str, Tensor]) -> Workbench:
@@ -350,7 +349,8 @@ class Ranked:
         for episode in episodes:
             counts, score, number = episode.candidate
             if not self.bench.cost_model.fits(counts, score.cost):
-                raise UserError(f"{path}: episode {number} is not of this network; restore it or use another --output")
+                of = "network" if self.bench.table is None else "network, or was played with another latency table"
+                raise UserError(f"{path}: episode {number} is not of this {of}; restore it or use another --output")
             self.bench.scorer.remember(self.policy(counts), score)
 
     def rescore(self, counts: tuple[int, ...]) -> Score:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from safetensors import SafetensorError, safe_open
 
+from cacp import latency_table
 from cacp.experiment import Experiment
 from cacp.history import Episode
 from cacp.parsing import LARGEST_JSON, LARGEST_YAML, parse_json, parse_settings, read_text
@@ -126,7 +127,7 @@ def read_run(folder: Path) -> RunFolder:
     run.environments = [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
     run.dense = read.mapping(folder / "dense" / "result.json")
     run.dense_epochs = read(folder / "dense" / "epochs.csv", _numbers, [])
-    run.latency = read.mapping(folder / "latency.json")
+    run.latency = read.mapping(folder / latency_table.FILE)
     run.channels = read(folder / "dense" / "model.safetensors", _output_channels, {})
     run.dense_bytes = _sizes(folder / "dense").get("model.safetensors")
     run.episodes = read(folder / "search" / "episodes.csv", _episodes, [])

@@ -30,6 +30,7 @@ from cacp.evaluation import device_of, synchroniser
 from cacp.graph import traced
 from cacp.latency import MULTIPLE, NOTABLE, in_eights, rounds_within, torch_runner
 from cacp.latency_table import COEFFICIENTS, REMEDY, WHOLE, Checked, LatencyTable, Term, layer_terms, ranges, with_times
+from cacp.parsing import shortened
 from cacp.schema import PS_PER_MS, Axis, ChannelGroups, Policy, UserError
 from cacp.slicing import slice_model
 
@@ -174,22 +175,26 @@ def measure_table(
     )
 
 
-def stored_table(path: Path, batch: int, device: str | None) -> LatencyTable | None:
+def stored_table(path: Path, batch: int, input_shape: tuple[int, ...], device: str | None) -> LatencyTable | None:
     """The latency table of a run; None where there is none.
 
     Args:
         path: of its file.
         batch: images that it must be for.
+        input_shape: (C, H, W) of these.
         device: name of the one that it must have been measured on, by as many threads as there are; None for any.
 
     Raises:
-        UserError: for a damaged table, or one of another batch, device or number of threads.
+        UserError: for a damaged table, or one of other images, another device or number of threads.
     """
     if not path.is_file():
         return None
     table = LatencyTable.from_json(load_json(path), str(path))
-    if table.batch != batch:
-        raise UserError(f"{path} is for --latency_batch {table.batch}, but got {batch}; {REMEDY}")
+    if (table.batch, table.input_shape) != (batch, tuple(input_shape)):
+        raise UserError(
+            f"{path} is for --latency_batch {table.batch} and images of {shortened(table.input_shape)}, but got "
+            f"{batch} and {input_shape}; {REMEDY}"
+        )
     threads = torch.get_num_threads()
     if device is not None and (device, threads) != (table.device, table.threads):
         raise UserError(

@@ -26,7 +26,7 @@ from cacp.methods.threshold import most_important_counts
 from cacp.schema import COSTS, Budget, ChannelGroups, Cost, UserError
 from cacp.timing import DeviceClock, measure_table, stored_table
 
-DEVICE = "a device"
+DEVICE, SHAPE = "a device", (1, 8, 8)
 
 
 class FakeClock:
@@ -237,9 +237,9 @@ def tiny() -> tuple[nn.Module, ChannelGroups, LatencyTable]:
 def test_a_stored_table_is_the_same_to_the_bit(tmp_path: Path, tiny: tuple) -> None:
     model, groups, table = tiny
     path = tmp_path / "latency.json"
-    assert stored_table(path, 2, DEVICE) is None
+    assert stored_table(path, 2, SHAPE, DEVICE) is None
     save_json(path, table.to_json())
-    again = stored_table(path, 2, DEVICE)
+    again = stored_table(path, 2, SHAPE, DEVICE)
     assert again == table
     assert applied(again, groups, model, 8).dense == applied(table, groups, model, 8).dense
 
@@ -250,13 +250,15 @@ def test_a_table_of_another_device_number_of_threads_or_batch_is_refused(
     path = tmp_path / "latency.json"
     save_json(path, tiny[2].to_json())
     with pytest.raises(UserError, match="measured on a device with 1 threads, but this is another with 1; go on there"):
-        stored_table(path, 2, "another")
-    with pytest.raises(UserError, match="is for --latency_batch 2, but got 64; delete it"):
-        stored_table(path, 64, DEVICE)
+        stored_table(path, 2, SHAPE, "another")
+    with pytest.raises(
+        UserError, match=r"--latency_batch 2 and images of \(1, 8, 8\), but got 64 and \(1, 8, 8\); delete"
+    ):
+        stored_table(path, 64, SHAPE, DEVICE)
     monkeypatch.setattr(timing.torch, "get_num_threads", lambda: 5)
     with pytest.raises(UserError, match=r"but this is a device with 5; go on there \(--device, OMP_NUM_THREADS=1\)"):
-        stored_table(path, 2, DEVICE)
-    assert stored_table(path, 2, None) == tiny[2]  # to export
+        stored_table(path, 2, SHAPE, DEVICE)
+    assert stored_table(path, 2, SHAPE, None) == tiny[2]  # to export
 
 
 def test_a_table_of_other_groups_is_refused(tiny: tuple) -> None:
@@ -287,7 +289,7 @@ def test_a_hostile_table_is_refused(tmp_path: Path, tiny: tuple, change: dict, t
     path = tmp_path / "latency.json"
     path.write_text(json.dumps({**tiny[2].to_json(), **change}))
     with pytest.raises(UserError, match=text) as caught:
-        stored_table(path, 2, DEVICE)
+        stored_table(path, 2, SHAPE, DEVICE)
     assert "latency.json is no latency table" in str(caught.value) and len(str(caught.value)) < 1000
 
 
@@ -298,10 +300,10 @@ def test_a_table_whose_layers_are_not_the_dense_network_is_refused(tmp_path: Pat
     for change in ({"dense_ps": 1.0}, {"layers": nothing}, {"layers": nothing, "dense_ps": 0.0}):
         path.write_text(json.dumps({**table.to_json(), **change}))
         with pytest.raises(UserError, match="ps, but its layers sum up to"):
-            applied(stored_table(path, 2, DEVICE), groups, model, 8)
+            applied(stored_table(path, 2, SHAPE, DEVICE), groups, model, 8)
     path.write_text('{"format": NaN}')
     with pytest.raises(UserError, match="NaN"):
-        stored_table(path, 2, DEVICE)
+        stored_table(path, 2, SHAPE, DEVICE)
     path.write_text("[" * 100_000)
     with pytest.raises(UserError, match="nested deeper"):
-        stored_table(path, 2, DEVICE)
+        stored_table(path, 2, SHAPE, DEVICE)
