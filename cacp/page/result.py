@@ -24,7 +24,7 @@ def answer(run: RunFolder) -> Markup:
     timed = list(dict.fromkeys(name for model in run.models for name in latencies(model.exported)))
     columns = ["model", "top-1 after fine-tuning, test, %", "minus dense, points", "before fine-tuning, test, %"]
     columns += ["before, validation, %", "MACs", "MACs, % of dense", "params", "params, % of dense"]
-    columns += ["latency by the table, % of dense"] if "latency_ps" in run.dense_cost else []
+    columns += [f"{LATENCY}, % of dense"] if "latency_ps" in run.dense_cost else []
     columns += [part for name in timed for part in (f"{name}, ms", f"{name}, × as fast")] + ["weights on disk, MB"]
     rows = [_dense_row(run, timed), *(_model_row(run, model, timed) for model in run.models)]
     return joined(
