@@ -18,14 +18,16 @@ from cacp.checkpoint import load_json, load_tensors, save_json, sha256
 from cacp.command import run_command
 from cacp.config import experiment_from, parse
 from cacp.cost import counted_cost
+from cacp.environment import environment
 from cacp.evaluation import device_of
 from cacp.experiment import Experiment
 from cacp.exporting import Architecture, save_pruned
 from cacp.latency import BATCHES, LatencyBench
+from cacp.latency_table import LatencyTable
 from cacp.locking import only_writer
-from cacp.pipeline import Workbench, build_workbench, check_run, environment, load_exported, select_device
+from cacp.pipeline import Workbench, build_workbench, check_run, load_exported, select_device
 from cacp.policies import load_policies, weights_path
-from cacp.reporting import console, millions, percent, show_files, table
+from cacp.reporting import console, millions, percent, show_files, show_latencies, table
 from cacp.schema import PolicyRecord, UserError
 from cacp.shipping import FILES, forms_of, ship, unshipped
 
@@ -45,6 +47,9 @@ REPORT = {
     "latency_conditions": {"threads": int},
     "latency_why": {str: {"why": str}},
 }
+TARGETED = {
+    "target": float, "batch": int, "predicted": float, "measured": float, "table_off_at_most": float, "table": str,
+}  # fmt: skip
 
 
 def main() -> None:
@@ -70,7 +75,7 @@ def main() -> None:
 
 def export_all(experiment: Experiment, records: Sequence[PolicyRecord], folders: Mapping[str, Path]) -> None:
     """Export the policies that are not, each to the folder of its name, and add what older exports lack."""
-    bench = build_workbench(experiment)
+    bench = build_workbench(experiment, any_device=True)
     stopwatch = LatencyBench(bench.dense.model, bench.groups, bench.dense.image_shape)
     for record in records:
         folder = folders[record.budget.name]
@@ -79,6 +84,8 @@ def export_all(experiment: Experiment, records: Sequence[PolicyRecord], folders:
             continue
         report = report or export(with_weights(bench, experiment.folder, record), experiment, record, folder)
         complete(report, experiment, record, folder, stopwatch)
+        if bench.table and "latency" in record.budget.targets:
+            report["latency_target"] = targeted_latency(report, record, bench.table)
         save_json(folder / "report.json", report)
         show_files("exported", folder, report["forms"], "report.json")
 
@@ -102,6 +109,8 @@ def load_report(folder: Path) -> dict[str, Any]:
     report: dict[str, Any] = load_json(path, REPORT)
     if "missing" not in report["latency_ms_onnxruntime"]:
         load_json(path, {"latency_ms_onnxruntime": _TIMES})
+    if "latency_target" in report:
+        load_json(path, {"latency_target": TARGETED})
     return report
 
 
@@ -141,8 +150,8 @@ def export(bench: Workbench, experiment: Experiment, record: PolicyRecord, folde
         normalisation=dense.normalisation,
         scope=record.scope,
         keep_counts=record.policy.counts,
-        cost=cost,
-        dense_cost=bench.cost_model.dense,
+        cost=cost.counted,
+        dense_cost=bench.cost_model.dense.counted,
     )
     (folder / "report.json").unlink(missing_ok=True)  # it vouches for the model beside it
     save_pruned(folder, sliced, architecture)
@@ -151,8 +160,10 @@ def export(bench: Workbench, experiment: Experiment, record: PolicyRecord, folde
     counted = counted_cost(loaded, dense.image_shape)
     if cost != record.score.cost:
         raise UserError(f"{folder}: the policy costs {cost}, but its file says {record.score.cost}; search again")
-    if counted != cost:
-        raise UserError(f"{folder}: the exported model costs {counted}, but the closed form says {cost}; report this")
+    if counted != cost.counted:
+        raise UserError(
+            f"{folder}: the exported model costs {counted}, but the closed form says {cost.counted}; report this"
+        )
     evaluation = bench.rescorer.evaluate(loaded)
     difference = abs(evaluation.top1 - record.score.top1)
     if difference > SCORE_TOLERANCE:
@@ -163,8 +174,8 @@ def export(bench: Workbench, experiment: Experiment, record: PolicyRecord, folde
         )
     return {
         "policy": record.to_json(),
-        "dense": {**bench.cost_model.dense._asdict(), "holdout_top1": bench.rescorer.evaluate(dense.model).top1},
-        "pruned": {**cost._asdict(), "counted_macs": counted.macs, "size_bytes": _size(folder)},
+        "dense": {**bench.cost_model.dense.to_json(), "holdout_top1": bench.rescorer.evaluate(dense.model).top1},
+        "pruned": {**cost.to_json(), "counted_macs": counted.macs, "size_bytes": _size(folder)},
         "score_at_search": record.score.to_json(),
         "score_at_export": evaluation._asdict(),
         "bit_equal_after_loading": True,
@@ -181,7 +192,21 @@ def complete(
     onnx = report["forms"].get("onnx", {"missing": "not among --forms"})
     model = (folder / FILES["onnx"]).read_bytes() if "file" in onnx else onnx["missing"]
     pruned = loaded.to(select_device(experiment.device)).to(memory_format=torch.channels_last)
-    report.update(stopwatch.report(pruned, record.policy.counts, model))
+    batches = {*BATCHES, experiment.latency_batch} if experiment.latency else BATCHES
+    report.update(stopwatch.report(pruned, record.policy.counts, model, sorted(batches)))
+
+
+def targeted_latency(report: Mapping[str, Any], record: PolicyRecord, table: LatencyTable) -> dict[str, Any]:
+    """Parts of the dense latency: asked for, by the table, and as it was measured of the exported model, here."""
+    ms = report["latency_ms"][f"batch {table.batch}"]
+    return {
+        "target": record.budget.targets["latency"],
+        "batch": table.batch,
+        "predicted": record.score.cost.latency_ps / table.dense_ps,
+        "measured": ms["pruned"]["median"] / ms["dense"]["median"],
+        "table_off_at_most": table.largest_error,
+        "table": f"{table.device}, {table.threads} threads, torch {table.torch}",
+    }
 
 
 def check_parity(sliced: nn.Module, loaded: nn.Module, bench: Workbench) -> None:
@@ -213,29 +238,6 @@ def show_reports(reports: dict[str, dict[str, Any]], folder: Path) -> None:
         top1 = percent(report["score_at_export"]["top1"])
         rows.append([name, millions(pruned["macs"]), share, millions(pruned["params"]), top1])
     console.print(table(f"exported models of {folder}, before fine-tuning", columns, rows))
-
-
-def show_latencies(reports: dict[str, dict[str, Any]], folder: Path) -> None:
-    """A table of all latencies, a row a model and a batch, and what keeps models from what their MACs promise."""
-    rows, reasons = [], []
-    for name, report in reports.items():
-        runtimes = (report["latency_ms"], report["latency_ms_onnxruntime"])
-        for batch in report["latency_ms"]:
-            cells = [latency_cells(times[batch]) if batch in times else ["-"] * 3 for times in runtimes]
-            rows.append([name, batch, *cells[0], *cells[1]])
-        reasons += [f"{name}, {where}: {said['why']}" for where, said in report["latency_why"].items()]
-    columns = [f"{runtime}\n{what}" for runtime in ("torch", "ONNX Runtime") for what in ("dense", "pruned", "faster")]
-    threads = " or ".join(sorted({str(report["latency_conditions"]["threads"]) for report in reports.values()}))
-    title = f"milliseconds of {folder}: median (interquartile range), threads: {threads}"
-    console.print(table(title, ["model", "images", *columns], rows))
-    for reason in reasons:
-        console.print(reason)
-
-
-def latency_cells(times: dict[str, dict[str, float]]) -> list[str]:
-    """Dense and pruned time, and how many times as fast that is."""
-    cells = [f"{one['median']:.1f} ({one['interquartile_range']:.1f})" for one in (times["dense"], times["pruned"])]
-    return [*cells, f"{times['dense']['median'] / times['pruned']['median']:.2f} x"]
 
 
 if __name__ == "__main__":

@@ -21,19 +21,12 @@ from cacp.command import run_command
 from cacp.config import experiment_from, parse
 from cacp.data import Splits
 from cacp.dense import DenseModel, load_dense
+from cacp.environment import environment
 from cacp.evaluation import device_of, evaluate_data
 from cacp.experiment import Experiment
 from cacp.exporting import WEIGHTS, load_architecture, save_pruned
 from cacp.locking import only_writer
-from cacp.pipeline import (
-    check_run,
-    environment,
-    load_exported,
-    load_images,
-    load_splits,
-    select_device,
-    training_recipe,
-)
+from cacp.pipeline import check_run, load_exported, load_images, load_splits, select_device, training_recipe
 from cacp.policies import load_policies
 from cacp.recipe import Recipe
 from cacp.reporting import console, millions, percent, show_files, table, track_training
@@ -155,8 +148,8 @@ def finish(
     result: dict[str, Any] = {
         "test_top1": tops,
         "test_images": len(test),
-        "cost": architecture.cost._asdict(),
-        "dense_cost": architecture.dense_cost._asdict(),
+        "cost": architecture.cost.to_json(),
+        "dense_cost": architecture.dense_cost.to_json(),
         "epochs": len(records),
         "chosen_epoch": chosen_epoch(records),
         "chosen_because": (

@@ -18,9 +18,10 @@ from cacp.budget import check_prunable, check_reachable, meets_targets
 from cacp.checkpoint import load_json, save_json, save_tensors
 from cacp.command import run_command
 from cacp.config import experiment_from, parse
+from cacp.environment import environment
 from cacp.experiment import Experiment
 from cacp.methods import Pruned, Subject, Training, make_method
-from cacp.pipeline import Workbench, build_workbench, environment, open_run, select_device, training_recipe
+from cacp.pipeline import Workbench, build_workbench, open_run, select_device, training_recipe
 from cacp.policies import has_policies, load_policies, missing_policies, save_policy
 from cacp.reporting import console, percent, show_policies, table, track_training
 from cacp.schema import Budget, Policy, PolicyRecord, UserError
@@ -72,7 +73,8 @@ def run_sweep(experiment: Experiment) -> None:
             pruned = method(subject_of(experiment, bench, f"quantile-{quantile:g}"), unbounded)
             seconds = time.perf_counter() - start
             record = save(experiment, bench, pruned, None)
-            macs, params = (cost / dense for cost, dense in zip(record.score.cost, bench.cost_model.dense, strict=True))
+            cost, dense = record.score.cost, bench.cost_model.dense
+            macs, params = cost.macs / dense.macs, cost.params / dense.params
             threshold, top1 = pruned.details["threshold"], record.score.top1
             rows.append(SweepRow(quantile, threshold, record.budget.name, macs, params, top1, seconds))
             save_sweep(experiment.folder, rows)

@@ -41,7 +41,9 @@ def main() -> None:
     namespace = parse("search", __doc__, sys.argv[1:])
     experiment = experiment_from(namespace)
     if experiment.quantiles:
-        raise UserError("quantiles are for prune.py --method gfi_ap; give search.py --targets, or --macs and --params")
+        raise UserError(
+            "quantiles are for prune.py --method gfi_ap; give search.py --targets, or --macs, --params and --latency"
+        )
     if namespace.ask is None and experiment.agent == "cacp" and experiment.warmup_episodes >= experiment.episodes:
         raise UserError(
             f"warmup_episodes must be below episodes ({experiment.episodes}), so that the agent acts, "

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cacp.checkpoint import load_json, save_json
-from cacp.pipeline import environment
+from cacp.environment import environment
 
 
 def main() -> None:

@@ -35,12 +35,13 @@ from benchmarks.summarise import portable
 from cacp.checkpoint import save_json
 from cacp.command import run_command
 from cacp.data import ImageData, normalise
+from cacp.environment import environment
 from cacp.evaluation import device_of, resolve_precision
 from cacp.experiment import Experiment
 from cacp.fusion import FusedNetwork
 from cacp.history import Episode
 from cacp.importance import channel_orders
-from cacp.pipeline import Workbench, build_workbench, environment, load_splits
+from cacp.pipeline import Workbench, build_workbench, load_splits
 from cacp.policies import load_policies
 from cacp.reporting import ProgressLine
 from cacp.schema import UserError

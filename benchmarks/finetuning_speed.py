@@ -33,8 +33,9 @@ from benchmarks.summarise import portable
 from cacp.checkpoint import save_json
 from cacp.command import run_command
 from cacp.data import ImageData
+from cacp.environment import environment
 from cacp.evaluation import synchroniser
-from cacp.pipeline import environment, load_exported, training_recipe
+from cacp.pipeline import load_exported, training_recipe
 from cacp.recipe import Recipe
 from cacp.schema import Normalisation
 from cacp.training import fit

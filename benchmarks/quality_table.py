@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.summarise import portable
 from cacp.checkpoint import save_json
-from cacp.pipeline import environment
+from cacp.environment import environment
 
 OURS = "cacp"
 NUMBERS = ("top1", "loss", "probability")

@@ -21,9 +21,10 @@ from cacp.checkpoint import load_json, save_json
 from cacp.command import run_command
 from cacp.data import Splits
 from cacp.dense import DenseModel
+from cacp.environment import environment
 from cacp.evaluation import device_of, evaluate_data
 from cacp.experiment import Experiment
-from cacp.pipeline import environment, load_exported
+from cacp.pipeline import load_exported
 from cacp.recipe import Recipe
 from cacp.schema import UserError
 

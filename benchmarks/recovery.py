@@ -32,10 +32,11 @@ from cacp.command import run_command
 from cacp.cost import counted_cost
 from cacp.data import ImageData, Splits
 from cacp.dense import DenseModel
+from cacp.environment import environment
 from cacp.evaluation import evaluate_data
 from cacp.experiment import Experiment
 from cacp.graph import trace
-from cacp.pipeline import environment, load_exported, load_images, training_recipe
+from cacp.pipeline import load_exported, load_images, training_recipe
 from cacp.recipe import Recipe
 from cacp.steps import seeded
 
@@ -83,7 +84,7 @@ def recovered(subject: Subject, name: str, target: float, seed: int, checkpoint:
     return {
         "before": before._asdict(),
         "after": evaluate_data(model, subject.test, dense.normalisation)._asdict(),
-        "cost": cost._asdict(),
+        "cost": cost.to_json(),
         "epochs": len(records),
         "seconds": sum(record.seconds for record in records),
         "environment": environment(seed),

@@ -36,13 +36,14 @@ from benchmarks.summarise import portable
 from cacp.checkpoint import save_json
 from cacp.cost import CostModel
 from cacp.data import ImageData
+from cacp.environment import environment
 from cacp.evaluation import device_of, resolve_precision, synchroniser
 from cacp.experiment import Experiment
 from cacp.graph import trace
 from cacp.history import History
 from cacp.importance import channel_importance, channel_orders
 from cacp.models import build_model
-from cacp.pipeline import environment, select_device
+from cacp.pipeline import select_device
 from cacp.profiling import Profile
 from cacp.records import play
 from cacp.reporting import table

@@ -28,11 +28,12 @@ from benchmarks.summarise import portable
 from cacp.checkpoint import load_json, save_json
 from cacp.command import run_command
 from cacp.data import ImageData, Splits
+from cacp.environment import environment
 from cacp.evaluation import answer_sums, autocast, device_of, evaluate_data, recalibrate_batchnorm, resolve_precision
 from cacp.experiment import Experiment
 from cacp.history import Episode
 from cacp.importance import channel_orders
-from cacp.pipeline import Workbench, build_workbench, environment, load_splits
+from cacp.pipeline import Workbench, build_workbench, load_splits
 from cacp.recipe import Recipe
 from cacp.repair import Repair
 from cacp.reporting import ProgressLine

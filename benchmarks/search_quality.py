@@ -50,7 +50,7 @@ from benchmarks.summarise import portable
 from cacp.budget import meets_targets
 from cacp.checkpoint import load_json, save_json, sha256
 from cacp.command import run_command
-from cacp.pipeline import environment
+from cacp.environment import environment
 from cacp.schema import Budget, UserError
 
 

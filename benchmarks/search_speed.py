@@ -73,7 +73,7 @@ from benchmarks.summarise import portable
 from cacp.checkpoint import save_json
 from cacp.command import run_command
 from cacp.config import experiment_from, parse
-from cacp.pipeline import environment
+from cacp.environment import environment
 from cacp.profiling import Profile
 from cacp.reporting import ProgressLine
 from cacp.schema import Policy, UserError

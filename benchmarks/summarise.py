@@ -16,9 +16,9 @@ import yaml
 
 from cacp.checkpoint import load_json, save_json
 from cacp.data import ImageData, load_dataset
+from cacp.environment import environment
 from cacp.evaluation import evaluate_data
 from cacp.exporting import load_architecture, load_pruned
-from cacp.pipeline import environment
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from benchmarks.summarise import portable
 from cacp.checkpoint import load_json, save_json
 from cacp.command import run_command
 from cacp.config import experiment_from, parse
-from cacp.pipeline import environment
+from cacp.environment import environment
 from cacp.policies import load_policies
 from cacp.schema import UserError
 

@@ -57,7 +57,7 @@ class BudgetWalk:
         self._ratios = _ratios(cost_model)  # (R,)
         # (R, G): the chosen counts, then the rest at each ratio, real-valued
         self._counts = np.maximum(self._ratios[:, None] * cost_model.channels, cost_model.min_keep)
-        self._costs = cost_model.costs(self._counts)  # (R, 2)
+        self._costs = cost_model.costs(self._counts)  # (R, D)
 
     @property
     def finished(self) -> bool:
@@ -72,7 +72,7 @@ class BudgetWalk:
 
     @property
     def ends(self) -> np.ndarray:
-        """(2, 2) macs and params if all remaining groups are pruned to their minimum, and if they are kept whole."""
+        """(2, D) costs if all remaining groups are pruned to their minimum, and if they are kept whole."""
         return self._costs[[0, -1]]
 
     def interval(self) -> KeepInterval:
@@ -83,7 +83,7 @@ class BudgetWalk:
         """
         group, model = len(self.chosen), self.cost_model
         candidates = model.feasible[group]  # (K,)
-        changes = model.change(self._counts[[0, -1], None], group, candidates)  # (2, K, 2)
+        changes = model.change(self._counts[[0, -1], None], group, candidates)  # (2, K, D)
         smallest, largest = (self.ends[:, None] + changes)[..., self._columns]  # (K, T) each
         meets = (smallest <= self._upper).all(axis=1)  # (K,)
         uses_up = (largest >= self._lower).any(axis=1)  # (K,)
@@ -183,7 +183,7 @@ def uniform_counts(cost_model: CostModel, budget: Budget) -> tuple[int, ...]:
 def reachable_fractions(cost_model: CostModel) -> dict[str, float]:
     """The least fraction of each dense cost that a policy can reach (every group at its minimum)."""
     least = cost_model.cost(cost_model.min_keep)
-    return {cost: least[column] / cost_model.dense[column] for column, cost in enumerate(COSTS)}
+    return {cost: least[column] / cost_model.dense[column] for column, cost in enumerate(cost_model.cost_names)}
 
 
 def check_prunable(cost_model: CostModel) -> None:
@@ -202,10 +202,15 @@ def check_reachable(cost_model: CostModel, budget: Budget) -> None:
     """Refuse a budget that no policy can meet.
 
     Raises:
-        UserError: naming the cost, the target and the reachable range.
+        UserError: naming the cost, the target and the reachable range; or for a cost that is not known.
     """
     check_prunable(cost_model)
     least = reachable_fractions(cost_model)
+    if unknown := [cost for cost in budget.targets if cost not in least]:
+        raise UserError(
+            f"{', '.join(unknown)} of a policy is not known, but the budget is {budget.name}; the groups must have a "
+            "latency table: cacp.latency_table.measure_table"
+        )
     wrong = [
         f"{cost} {target:g} (reachable: {least[cost]:.3f} to 1)"
         for cost, target in budget.targets.items()
@@ -215,6 +220,7 @@ def check_reachable(cost_model: CostModel, budget: Budget) -> None:
         raise UserError(
             f"no policy meets {', '.join(wrong)}; no group falls below its least keep ratio: "
             "raise the target, lower min_keep or channel_multiple, ignore less, or use scope all"
+            + (", or a larger latency_batch" if "latency" in budget.targets else "")
         )
 
 

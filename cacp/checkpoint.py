@@ -24,7 +24,7 @@ from safetensors.torch import save as serialise
 from torch import Tensor
 
 from cacp.parsing import LARGEST_JSON, parse_json, read_text
-from cacp.schema import UserError, dump_json
+from cacp.schema import UserError
 
 NEWEST = "checkpoint.safetensors"
 PREVIOUS = "checkpoint.previous.safetensors"
@@ -88,6 +88,27 @@ def _move(temporary: Path, path: Path) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def dump_json(data: Any) -> str:
+    """JSON with a trailing newline; short lists stay on one line."""
+    text = json.dumps(data, indent=2, allow_nan=False)
+    return _join_number_lists(text) + "\n"
+
+
+def _join_number_lists(text: str) -> str:
+    lines: list[str] = []
+    collecting = False
+    for line in text.split("\n"):
+        stripped = line.strip()
+        number = stripped.rstrip(",").lstrip("-").replace(".", "", 1).isdigit()
+        if collecting and (number or stripped in ("]", "],")):
+            lines[-1] += (" " if number and not lines[-1].endswith("[") else "") + stripped
+            collecting = number
+            continue
+        collecting = stripped.endswith("[")
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def save_json(path: str | Path, data: Any) -> None:

@@ -29,6 +29,7 @@ from cacp.shipping import FORMS
 IDENTITY, TRAINING, POLICY, FINETUNE, MACHINE = "identity", "training", "policy", "finetune", "machine"
 LARGEST_NUMBER, MOST_WORKERS = 2**32 - 1, 1024
 TARGETS = (0.3, 0.5, 0.7)  # the paper's
+_COSTS = "macs, params or latency"
 
 
 def _setting(default: Any, stage: str, help: str) -> Any:
@@ -87,6 +88,10 @@ class Experiment:
     )
     macs: float | None = _setting(None, POLICY, "instead of targets, one budget: kept fraction of the dense MACs")
     params: float | None = _setting(None, POLICY, "kept fraction of the dense parameters; alone, or together with macs")
+    latency: float | None = _setting(
+        None, POLICY, "kept fraction of the dense latency on this device, by a table measured once; alone, or together"
+    )
+    latency_batch: int = _setting(64, POLICY, "latency: images in the batch that is timed")
     criterion: str = _setting("reconstruction", POLICY, f"ranks the channels: one of {', '.join(CRITERIA)}")
     scope: str | None = _setting(
         None, POLICY, "inner (channels inside a block) or all (residual streams too); default: the method's, else inner"
@@ -141,7 +146,7 @@ class Experiment:
             raise UserError("these settings are empty:\n  " + "\n  ".join(empty))
         for key in ("targets", "ignore", "quantiles", "forms"):
             object.__setattr__(self, key, tuple(dict.fromkeys(getattr(self, key))))
-        if not (self.targets or self.quantiles or self.macs or self.params):
+        if not (self.targets or self.quantiles or any(getattr(self, cost) for cost in COSTS)):
             object.__setattr__(self, "targets", TARGETS)
         wrong = [*_wrong_choices(self), *_wrong_numbers(self), *_wrong_budgets(self), *_wrong_options(self)]
         if wrong:
@@ -185,8 +190,8 @@ class Experiment:
 
     @property
     def budgets(self) -> list[Budget]:
-        """What gets a policy: the one budget of `macs` and `params`, or every listed target, or the ends of the range
-        and every tenth between; nothing where quantiles are asked for.
+        """What gets a policy: the one budget of macs, params and latency, or every listed target, or the ends of the
+        range and every tenth between; nothing where quantiles are asked for.
         """
         if self.quantiles:
             return []
@@ -236,6 +241,7 @@ def _wrong_numbers(experiment: Experiment) -> list[str]:
         "episodes",
         "finetune_epochs",
         "channel_multiple",
+        "latency_batch",
         "method_epochs",
         "channels_per_step",
         "batches_per_step",
@@ -289,7 +295,9 @@ def _wrong_options(experiment: Experiment) -> list[str]:
     if experiment.pruned_scope not in entry.scopes:
         wrong.append(f"scope of {experiment.method} must be {' or '.join(entry.scopes)}, but got {experiment.scope!r}")
     if experiment.method == "magnitude":
-        idle = [name for name in ("scope", "ignore", "min_keep", "channel_multiple") if _given(experiment, name)]
+        idle = [
+            name for name in ("scope", "ignore", "min_keep", "channel_multiple", "latency") if _given(experiment, name)
+        ]
         wrong += [f"{name} is for channels, and magnitude prunes single weights; leave it out" for name in idle]
     if experiment.norm_share is not None and not 0 <= experiment.norm_share <= 1:
         wrong.append(f"norm_share must lie in [0, 1], but got {experiment.norm_share}")
@@ -321,12 +329,10 @@ def _policy_targets(experiment: Experiment) -> list[float]:
 def _wrong_budgets(experiment: Experiment) -> list[str]:
     given = {cost: getattr(experiment, cost) for cost in COSTS if getattr(experiment, cost) is not None}
     if experiment.quantiles:
-        both = [name for name, values in (("targets", experiment.targets), ("macs or params", given)) if values]
+        both = [name for name, values in (("targets", experiment.targets), (_COSTS, given)) if values]
         return [f"quantiles and {name} exclude each other; give one" for name in both]
     if given and experiment.targets:
-        return [
-            f"targets, and macs or params, exclude each other, but got targets {list(experiment.targets)} and {given}"
-        ]
+        return [f"targets, and {_COSTS}, exclude each other, but got targets {list(experiment.targets)} and {given}"]
     if not given:
         return _wrong_targets(experiment)
     wrong = [

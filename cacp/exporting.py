@@ -58,8 +58,8 @@ class Architecture:
             "normalisation": {key: list(value) for key, value in self.normalisation._asdict().items()},
             "scope": self.scope,
             "keep_counts": dict(self.keep_counts),
-            "cost": self.cost._asdict(),
-            "dense_cost": self.dense_cost._asdict(),
+            "cost": self.cost.to_json(),
+            "dense_cost": self.dense_cost.to_json(),
         }
 
     @classmethod
@@ -80,8 +80,8 @@ class Architecture:
                 normalisation=Normalisation(*(tuple(map(float, normalisation[key])) for key in ("mean", "std"))),
                 scope=data["scope"],
                 keep_counts=dict(data["keep_counts"]),
-                cost=Cost(data["cost"]["macs"], data["cost"]["params"]),
-                dense_cost=Cost(data["dense_cost"]["macs"], data["dense_cost"]["params"]),
+                cost=Cost.from_json(data["cost"]),
+                dense_cost=Cost.from_json(data["dense_cost"]),
             )
         except (ValueError, OverflowError) as error:
             raise UserError(
@@ -89,7 +89,6 @@ class Architecture:
             ) from error
 
 
-_COST = {"macs": int, "params": int}
 _ARCHITECTURE_FILE = {
     "format": int,
     "model": str,
@@ -98,8 +97,8 @@ _ARCHITECTURE_FILE = {
     "normalisation": {"mean": [float], "std": [float]},
     "scope": str,
     "keep_counts": {str: int},
-    "cost": _COST,
-    "dense_cost": _COST,
+    "cost": {},
+    "dense_cost": {},
 }
 
 

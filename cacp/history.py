@@ -39,24 +39,35 @@ class Episode(NamedTuple):
     source: str  # where the agent had it from
     seconds: float  # since the episode before
     counts: tuple[int, ...]  # kept channels of every prunable group
+    latency_ps: float = 0.0  # by the run's table; a column only where there is one
 
     @classmethod
     def from_row(cls, row: dict[str, str]) -> Episode:
         whole = {key: int(row[key]) for key in ("episode", "macs", "params")}
         real = {key: float(row[key]) for key in ("target", "reward", "top1", "loss", "probability", "seconds")}
+        real["latency_ps"] = float(row.get("latency_ps", 0.0))
         if not all(map(math.isfinite, real.values())):
             raise ValueError(f"numbers must be finite, but got {row!s:.300}")
         counts = tuple(int(count) for count in row["counts"].split("-"))
         return cls(**whole, **real, source=row["source"], counts=counts)  # type: ignore[arg-type]
 
     def row(self) -> list[str]:
-        values = [value if isinstance(value, str) else repr(value) for value in self[:-1]]
-        return [*values, "-".join(map(str, self.counts))]
+        """Its cells, as many as `columns` says."""
+        cells = {**self._asdict(), "counts": "-".join(map(str, self.counts))}
+        return [cells[name] if isinstance(cells[name], str) else repr(cells[name]) for name in columns(self.cost)]
+
+    @property
+    def cost(self) -> Cost:
+        return Cost(self.macs, self.params, self.latency_ps)
 
     @property
     def candidate(self) -> Candidate:
-        score = Score(self.top1, self.loss, self.probability, Cost(self.macs, self.params))
-        return Candidate(self.counts, score, self.episode)
+        return Candidate(self.counts, Score(self.top1, self.loss, self.probability, self.cost), self.episode)
+
+
+def columns(cost: Cost) -> list[str]:
+    """The columns of episodes.csv for policies whose cost is known so far."""
+    return [name for name in Episode._fields if cost.latency_ps or name != "latency_ps"]
 
 
 class History:
@@ -84,7 +95,7 @@ class History:
         self.episodes: list[Episode] = []
         for episode in _read(path, finished) if finished else []:
             self._take(episode)
-        save_csv(path, [Episode._fields, *(episode.row() for episode in self.episodes)])
+        save_csv(path, [columns(dense), *(episode.row() for episode in self.episodes)])
 
     def append(self, episode: Episode) -> None:
         """Take a new episode, and write its row."""
@@ -109,10 +120,11 @@ class History:
 
     def _take(self, episode: Episode) -> None:
         self.episodes.append(episode)
-        cost = Cost(episode.macs, episode.params)
         for name, budget in self._budgets.items():
             own = budget.mean_target == episode.target  # used up as far as the channel grain allows
-            if not in_window(cost, self._dense, budget) and not (own and meets_targets(cost, self._dense, budget)):
+            if not in_window(episode.cost, self._dense, budget) and not (
+                own and meets_targets(episode.cost, self._dense, budget)
+            ):
                 continue
             self._candidates[name].setdefault(episode.counts, episode)
             leader = self.leaders.get(name)

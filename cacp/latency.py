@@ -103,14 +103,18 @@ def measure_latencies(
         for runtime, models in runs.items():
             warm = [_round(models) for _ in range(2)]  # not kept: caches, and threads of the other runtime
             if runtime not in rounds:
-                affordable = int(SECONDS / max(sum(warm[-1].values()), 1e-9))
-                rounds[runtime] = max(LEAST_REPEATS, min(REPEATS, affordable)) // _BLOCKS
+                rounds[runtime] = rounds_within(sum(warm[-1].values())) // _BLOCKS
             for _ in range(rounds[runtime]):
                 for name, seconds in _round(models).items():
                     samples[runtime][name].append(1000 * seconds)
     return {
         runtime: {name: Latency(tuple(times)) for name, times in models.items()} for runtime, models in samples.items()
     }
+
+
+def rounds_within(seconds: float) -> int:
+    """How many rounds of so many seconds are affordable; at least LEAST_REPEATS."""
+    return max(LEAST_REPEATS, min(REPEATS, int(SECONDS / max(seconds, 1e-9))))
 
 
 def _round(models: Mapping[str, Run]) -> dict[str, float]:
@@ -137,13 +141,16 @@ class LatencyBench:
         self._cost_model = CostModel(groups)
         self._onnx: dict[tuple[int, ...], bytes] = {}  # by keep counts; the weights do not change the time
 
-    def report(self, pruned: nn.Module, keep_counts: Mapping[str, int], onnx: bytes | str) -> dict[str, Any]:
+    def report(
+        self, pruned: nn.Module, keep_counts: Mapping[str, int], onnx: bytes | str, batches: Sequence[int] = BATCHES
+    ) -> dict[str, Any]:
         """Milliseconds a batch of both models in both runtimes, and what keeps the pruned one from its MACs' promise.
 
         Args:
             pruned: model, in eval mode, channels last, on the device of the dense one.
             keep_counts: of its groups.
             onnx: the same as an ONNX model, or why there is none.
+            batches: images; two or more.
         """
         models = {"dense": self._dense, "pruned": pruned}
         counts = {
@@ -158,7 +165,7 @@ class LatencyBench:
                 runners["onnxruntime"] = self._runners("onnxruntime", models, counts)
             except Exception as error:  # whatever an exporter raises
                 missing = reason(error)
-        measured = {batch: measure_latencies(runners, self._input_shape, batch) for batch in BATCHES}
+        measured = {batch: measure_latencies(runners, self._input_shape, batch) for batch in batches}
         reasons = self._reasons(models, counts, measured)
         by_runtime = {
             runtime: {
@@ -215,7 +222,7 @@ class LatencyBench:
         all_counts = {
             **counts,
             "narrowest": self._counts(lambda group: group.block),
-            "in eights": self._counts(lambda group: _in_eights(kept[group.name], group)),
+            "in eights": self._counts(lambda group: in_eights(kept[group.name], group)),
         }
         all_models = {**models, **{name: self._sliced(all_counts[name]) for name in ("narrowest", "in eights")}}
         shares = {name: self._macs(one) / self._macs(counts["dense"]) for name, one in all_counts.items()}
@@ -231,7 +238,7 @@ class LatencyBench:
                 times = measure_latencies(runners, self._input_shape, batch)[runtime]
                 measured[batch][runtime] = {name: times[name] for name in models}
                 pruned_ms[batch] = times["pruned"].median_ms
-                fixed = fixed_ms(pruned_ms) if batch == min(BATCHES) else None
+                fixed = fixed_ms(pruned_ms) if batch == min(pruned_ms) else None
                 reasons[f"{runtime}, batch {batch}"] = {
                     "ms": {name: latency.to_json() for name, latency in times.items()},
                     "of_dense_macs": shares,
@@ -249,18 +256,19 @@ class LatencyBench:
         return model.to(memory_format=torch.channels_last)  # as the others
 
 
-def _in_eights(count: int, group: ChannelGroup) -> int:
+def in_eights(count: int, group: ChannelGroup) -> int:
+    """A keep count of a group, rounded up to a multiple of 8, at most all channels."""
     multiple = math.lcm(MULTIPLE, group.block)
     return min(-(-count // multiple) * multiple, group.channels)
 
 
 def fixed_ms(batch_ms: Mapping[int, float]) -> float:
-    """What a straight line through the times of two batch sizes leaves at 0 images; at least 0.
+    """What a straight line through the times of the smallest and largest batch leaves at 0 images; at least 0.
 
     >>> fixed_ms({1: 3.0, 64: 66.0})
     2.0
     """
-    (small, small_ms), (large, large_ms) = sorted(batch_ms.items())
+    (small, small_ms), (large, large_ms) = min(batch_ms.items()), max(batch_ms.items())
     return max(0.0, small_ms - small * (large_ms - small_ms) / (large - small))
 
 

@@ -7,31 +7,28 @@ from __future__ import annotations
 
 import copy
 import itertools
-import os
-import platform
 import re
-import subprocess
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from cacp import latency_table
 from cacp.budget import check_reachable
 from cacp.checkpoint import load_json, save_json
 from cacp.config import differences, save_config, stage_keys
 from cacp.cost import CostModel
 from cacp.data import MEMORY_LIMIT_BYTES, ImageData, Splits, load_dataset, make_splits, normalise
 from cacp.dense import DenseModel, checked_top1, import_weights, load_dense, published_weights
+from cacp.environment import device_name, environment
 from cacp.evaluation import device_of, resolve_precision
 from cacp.experiment import IDENTITY, POLICY, TRAINING, Experiment
 from cacp.exporting import load_architecture, load_pruned
-from cacp.graph import trace
+from cacp.graph import trace, traced
 from cacp.history import Episode
 from cacp.importance import channel_importance, channel_orders
 from cacp.locking import is_fresh, only_writer
@@ -39,13 +36,13 @@ from cacp.models import build_model
 from cacp.own import is_own
 from cacp.profiling import Profile
 from cacp.recipe import Recipe
+from cacp.reporting import console, show_latency_table
 from cacp.schema import ChannelGroups, Normalisation, Policy, Score, UserError
 from cacp.scoring import CALIBRATION_BATCH, PolicyScorer
 from cacp.slicing import counts_policy
+from cacp.timing import measure_table, stored_table
 
 GRADIENT_IMAGES = 10_000  # training images of the criterion taylor
-
-_PACKAGES = ("torch", "torchvision", "gymnasium", "stable-baselines3", "numpy", "safetensors")
 
 
 # run folder -----------------------------------------------------------------------------------------------------------
@@ -109,47 +106,6 @@ def _refuse_differences(experiment: Experiment, stages: list[str]) -> None:
         )
 
 
-def environment(seed: int) -> dict[str, Any]:
-    """Versions, hardware, commit and command line, for a result that can be repeated."""
-    cuda = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "commit": _git_commit(),
-        "seed": seed,
-        "python": platform.python_version(),
-        "packages": {name: metadata.version(name) for name in _PACKAGES},
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "cuda": cuda,
-        "cuda_version": torch.version.cuda if cuda else None,
-        "cudnn_version": torch.backends.cudnn.version() if cuda else None,
-        "platform": platform.platform(),
-    }
-
-
-def _git_commit() -> str | None:
-    root = Path(__file__).resolve().parent.parent
-    try:
-        commit, changes = (
-            subprocess.run(
-                ["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10, check=True
-            ).stdout
-            for words in (["rev-parse", "HEAD"], ["status", "--porcelain"])
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return commit.strip() + ("-dirty" if changes else "")
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 # device and data ------------------------------------------------------------------------------------------------------
 
 
@@ -208,13 +164,15 @@ def load_inputs(experiment: Experiment) -> Splits:
 
 
 def check_targets(experiment: Experiment, splits: Splits) -> None:
-    """Refuse targets that no policy can meet, before the dense model is trained.
+    """Refuse targets that no policy can meet, before the dense model is trained; weights do not change a latency.
 
     Raises:
         UserError: with the reachable range.
     """
     model = build_model(experiment.model, len(splits.train.classes), seed=experiment.seed, importing=True)
-    cost_model = CostModel(channel_groups(experiment, model, torch.zeros(1, *splits.train.image_shape)))
+    model = model.to(select_device(experiment.device)).to(memory_format=torch.channels_last).eval()
+    groups, _ = timed_groups(experiment, model, splits.train.image_shape)
+    cost_model = CostModel(groups)
     for budget in experiment.budgets:
         check_reachable(cost_model, budget)
 
@@ -223,6 +181,40 @@ def channel_groups(experiment: Experiment, model: nn.Module, example: Tensor) ->
     """The groups of a model, as the experiment wants them pruned."""
     multiple = experiment.channel_multiple
     return trace(model, example, experiment.pruned_scope, experiment.ignore, experiment.min_keep, multiple)
+
+
+def timed_groups(
+    experiment: Experiment, model: nn.Module, image_shape: tuple[int, int, int], any_device: bool = False
+) -> tuple[ChannelGroups, latency_table.LatencyTable | None]:
+    """The groups of a model; where latency is a target with the run's table of it, which is measured if there is none.
+
+    Args:
+        experiment: of the run, whose folder is held.
+        model: dense, on its device, channels last.
+        image_shape: (C, H, W).
+        any_device: take a table that was measured elsewhere.
+
+    Raises:
+        UserError: for a table that does not fit, or that is missing beside what was made with it.
+    """
+    example = torch.zeros(1, *image_shape, device=device_of(model))
+    groups = channel_groups(experiment, model, example)
+    if experiment.latency is None:
+        return groups, None
+    path, device = experiment.folder / latency_table.FILE, device_name(device_of(model))
+    table = stored_table(path, experiment.latency_batch, image_shape, None if any_device else device)
+    if table is None:
+        begun = [part for part in ("policies", "method", "search/checkpoint") if (experiment.folder / part).exists()]
+        if begun:
+            raise UserError(
+                f"{path} is missing, and what {experiment.folder} holds was made with it ({', '.join(begun)}); restore "
+                "it, or delete these to begin anew"
+            )
+        console.print(f"timing the layers of {experiment.model}, once, for {path}")
+        table = measure_table(model, groups, image_shape, experiment.latency_batch, device)
+        save_json(path, table.to_json())
+        show_latency_table(table)
+    return table.applied(groups, traced(model, example).graph, str(path)), table
 
 
 def load_exported(experiment: Experiment, folder: Path) -> nn.Module:
@@ -263,6 +255,7 @@ class Workbench:
     rescorer: PolicyScorer  # on the holdout images, fp32, batch norm recalibrated on all calibration images
     splits: Splits
     seed: int
+    table: latency_table.LatencyTable | None  # where latency is a target
     _importance: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     def retrained(self, weights: Mapping[str, Tensor]) -> Workbench:
@@ -305,15 +298,17 @@ def criterion_batches(
         yield normalise(data.batch(indices), normalisation, device), data.labels[indices].to(device)
 
 
-def build_workbench(experiment: Experiment, profile: Profile | None = None) -> Workbench:
-    """Load data and dense model, trace, and prepare both scorers; `profile` watches the one of the search."""
+def build_workbench(experiment: Experiment, profile: Profile | None = None, any_device: bool = False) -> Workbench:
+    """Load data and dense model, trace, and prepare both scorers; `profile` watches the one of the search, `any_device`
+    takes a latency table that was measured elsewhere.
+    """
     device = select_device(experiment.device)
     splits = load_inputs(experiment)
     if experiment.weights != "train" and not (experiment.folder / "dense" / "result.json").is_file():
         import_weights(experiment, splits, device)
     dense = load_dense(experiment, splits, device)
     checked_top1(dense.model, splits, dense.normalisation)
-    groups = channel_groups(experiment, dense.model, dense.example)
+    groups, table = timed_groups(experiment, dense.model, dense.image_shape, any_device)
     precision = resolve_precision(experiment.precision, device)
     calibration, normalisation = splits.calibration, dense.normalisation
     few = min(experiment.search_calibration_images or len(calibration), len(calibration))
@@ -327,6 +322,7 @@ def build_workbench(experiment: Experiment, profile: Profile | None = None) -> W
         rescorer=PolicyScorer(model, groups, splits.holdout, calibration, normalisation),
         splits=splits,
         seed=experiment.seed,
+        table=table,
     )
 
 
@@ -353,7 +349,8 @@ class Ranked:
         for episode in episodes:
             counts, score, number = episode.candidate
             if not self.bench.cost_model.fits(counts, score.cost):
-                raise UserError(f"{path}: episode {number} is not of this network; restore it or use another --output")
+                of = "network" if self.bench.table is None else "network, or was played with another latency table"
+                raise UserError(f"{path}: episode {number} is not of this {of}; restore it or use another --output")
             self.bench.scorer.remember(self.policy(counts), score)
 
     def rescore(self, counts: tuple[int, ...]) -> Score:

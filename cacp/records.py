@@ -163,6 +163,7 @@ def finished_episode(end: EpisodeEnd, seconds: float) -> Episode:
         source=end.source,
         seconds=seconds,
         counts=result.counts,
+        latency_ps=result.score.cost.latency_ps,
     )
 
 

@@ -30,9 +30,10 @@ from cacp.checkpoint import save_csv
 from cacp.cost import CostModel
 from cacp.figures import policy_figure
 from cacp.history import Episode
+from cacp.latency_table import LatencyTable
 from cacp.policies import load_policies
 from cacp.profiling import Profile
-from cacp.schema import Budget, ChannelGroups
+from cacp.schema import COSTS, PS_PER_MS, Budget, ChannelGroups
 from cacp.shipping import FILES
 from cacp.training import EpochRecord
 
@@ -138,6 +139,8 @@ def log_episode(
     target = f"target {budget}"
     for key in ("top1", "loss", "probability", "reward", "macs", "params"):
         logger.record(f"{target}/{key}", getattr(episode, key))
+    if episode.latency_ps:
+        logger.record(f"{target}/latency_ms", episode.latency_ps / PS_PER_MS)
     logger.record(f"{target}/best top1", best)
     logger.record("search/seconds", episode.seconds)
     logger.record("search/reward", episode.reward)
@@ -189,9 +192,9 @@ def show_reachable(groups: ChannelGroups, cost_model: CostModel, budgets: Sequen
     rows = [
         [
             budget.name,
-            *(millions(int(target * getattr(dense, cost))) for cost, target in budget.targets.items()),
+            *(amount(cost, target * dense[COSTS.index(cost)]) for cost, target in budget.targets.items()),
             f"{BudgetWalk(cost_model, budget).even_ratio():.3f}",
-            *(millions(getattr(uniform, cost)) for cost in costs),
+            *(amount(cost, uniform[COSTS.index(cost)]) for cost in costs),
         ]
         for budget in budgets
         for uniform in [cost_model.cost(uniform_counts(cost_model, budget))]
@@ -202,6 +205,27 @@ def show_reachable(groups: ChannelGroups, cost_model: CostModel, budgets: Sequen
     )
     at_most, uniform_costs = ([form.format(cost) for cost in costs] for form in ("{} at most", "uniform {}"))
     console.print(table(title, ["budget", *at_most, "uniform keep ratio", *uniform_costs], rows))
+
+
+def show_latency_table(measured: LatencyTable) -> None:
+    """Predicted beside measured latency of the networks that have checked a table, and how far it is off."""
+    rows = [
+        [one.policy, *(percent(part) for part in (one.macs, one.predicted, one.measured, one.predicted - one.measured))]
+        for one in measured.checked
+    ]
+    title = (
+        f"latency of batches of {measured.batch} on {measured.device}, {measured.threads} threads: dense "
+        f"{measured.measured_dense_ps / PS_PER_MS:.2f} ms; networks that the table has not seen, % of the dense one"
+    )
+    columns = ["keep ratios", "MACs", "predicted", "measured", "off by"]
+    console.print(table(title, columns, rows))
+    errors = [percent(one) for one in (measured.median_error, measured.largest_error, measured.fit_error)]
+    console.print(
+        f"off by {errors[0]} % of the dense latency (median), {errors[1]} % at most; the layers' "
+        f"fit by {errors[2]} % in all"
+    )
+    if measured.note:
+        console.print(measured.note)
 
 
 def show_files(done: str, folder: Path, forms: Mapping[str, Mapping[str, Any]], record: str) -> None:
@@ -222,21 +246,51 @@ def show_files(done: str, folder: Path, forms: Mapping[str, Mapping[str, Any]], 
 
 def show_policies(folder: Path, names: Sequence[str]) -> None:
     """A table of the named policies of a run folder."""
+    records = [record for record in load_policies(folder) if record.budget.name in names]
+    known = 3 if any(record.score.cost.latency_ps for record in records) else 2
     rows = [
         [
             record.budget.name,
-            millions(record.score.cost.macs),
-            millions(record.score.cost.params),
+            *(amount(cost, value) for cost, value in zip(COSTS[:known], record.score.cost, strict=False)),
             percent(record.search_score.top1),
             percent(record.score.top1),
             record.episode or "-",
         ]
-        for record in load_policies(folder)
-        if record.budget.name in names
+        for record in records
     ]
-    columns = ["policy", "MACs", "params", "searched, %", "scored again, %", "episode"]
+    costs = ["MACs", "params", "latency by the table"][:known]
+    columns = ["policy", *costs, "searched, %", "scored again, %", "episode"]
     title = f"policies of {folder}: top-1 before fine-tuning on the images of the search, and on as many others"
     console.print(table(title, columns, rows))
+
+
+def show_latencies(reports: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
+    """A table of all latencies, a row a model and a batch, and what keeps models from what their MACs promise."""
+    rows, reasons = [], []
+    for name, report in reports.items():
+        runtimes = (report["latency_ms"], report["latency_ms_onnxruntime"])
+        for batch in report["latency_ms"]:
+            cells = [_latency_cells(times[batch]) if batch in times else ["-"] * 3 for times in runtimes]
+            rows.append([name, batch, *cells[0], *cells[1]])
+        reasons += [f"{name}, {where}: {said['why']}" for where, said in report["latency_why"].items()]
+    columns = [f"{runtime}\n{what}" for runtime in ("torch", "ONNX Runtime") for what in ("dense", "pruned", "faster")]
+    threads = " or ".join(sorted({str(report["latency_conditions"]["threads"]) for report in reports.values()}))
+    title = f"milliseconds of {folder}: median (interquartile range), threads: {threads}"
+    console.print(table(title, ["model", "images", *columns], rows))
+    for reason in reasons:
+        console.print(reason)
+    targeted = {name: report["latency_target"] for name, report in reports.items() if "latency_target" in report}
+    if targeted:
+        keys = ("target", "predicted", "measured", "table_off_at_most")
+        rows = [[name, one["batch"], *(percent(one[key]) for key in keys)] for name, one in targeted.items()]
+        columns = ["model", "images", "target", "by the table", "measured", "table off by at most"]
+        console.print(table("latency in PyTorch that was asked for, % of the dense model's", columns, rows))
+
+
+def _latency_cells(times: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Dense and pruned time, and how many times as fast that is."""
+    cells = [f"{one['median']:.1f} ({one['interquartile_range']:.1f})" for one in (times["dense"], times["pruned"])]
+    return [*cells, f"{times['dense']['median'] / times['pruned']['median']:.2f} x"]
 
 
 def show_profile(profile: Profile) -> None:
@@ -263,6 +317,15 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes} min"
     return f"{minutes} min {whole % 60} s" if minutes else f"{whole} s"
+
+
+def amount(cost: str, value: float) -> str:
+    """A cost of COSTS in its unit.
+
+    >>> amount("latency", 2.5e9), amount("macs", 1.5e6)
+    ('2.50 ms', '1.50 M')
+    """
+    return f"{value / PS_PER_MS:.2f} ms" if cost == "latency" else millions(int(value))
 
 
 def millions(count: int) -> str:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from safetensors import SafetensorError, safe_open
 
+from cacp import latency_table
 from cacp.experiment import Experiment
 from cacp.history import Episode
 from cacp.parsing import LARGEST_JSON, LARGEST_YAML, parse_json, parse_settings, read_text
@@ -54,6 +55,7 @@ class RunFolder:
     dense: dict[str, Any] = field(default_factory=dict)  # result.json
     dense_epochs: Rows = field(default_factory=list)
     dense_bytes: int | None = None
+    latency: dict[str, Any] = field(default_factory=dict)  # latency.json: the table of a run with such a target
     channels: dict[str, int] = field(default_factory=dict)  # of the dense weights' layers
     episodes: list[Episode] = field(default_factory=list)
     front: Rows = field(default_factory=list)  # tradeoff.csv
@@ -74,8 +76,13 @@ class RunFolder:
         return f"search {self.settings.get('agent', '')}".strip() if self.episodes else ""
 
     @property
-    def dense_cost(self) -> dict[str, int]:
-        """macs and params of the dense model, as far as the folder says."""
+    def dense_cost(self) -> dict[str, float]:
+        """macs, params and latency_ps of the dense model, as far as the folder says."""
+        latency_ps = number(self.latency, "dense_ps")
+        return {**self._counted_cost, **({"latency_ps": latency_ps} if latency_ps else {})}
+
+    @property
+    def _counted_cost(self) -> dict[str, int]:
         for model in self.models:
             for cost in (at(model.exported, "dense"), at(model.tuned, "dense_cost")):
                 macs, params = number(cost, "macs"), number(cost, "params")
@@ -120,6 +127,7 @@ def read_run(folder: Path) -> RunFolder:
     run.environments = [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
     run.dense = read.mapping(folder / "dense" / "result.json")
     run.dense_epochs = read(folder / "dense" / "epochs.csv", _numbers, [])
+    run.latency = read.mapping(folder / latency_table.FILE)
     run.channels = read(folder / "dense" / "model.safetensors", _output_channels, {})
     run.dense_bytes = _sizes(folder / "dense").get("model.safetensors")
     run.episodes = read(folder / "search" / "episodes.csv", _episodes, [])

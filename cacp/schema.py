@@ -8,7 +8,6 @@ a *score* is what the evaluation of a policy returns.
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,8 @@ from typing import Any, NamedTuple
 
 from cacp.parsing import check_shape, shortened
 
-COSTS = ("macs", "params")
+COSTS = ("macs", "params", "latency")  # in the order of Cost
+PS_PER_MS = 1e9
 TARGET_TOLERANCE = (
     0.005  # a policy uses a target up when its cost lies in [target - tolerance, target] of the dense cost
 )
@@ -43,10 +43,28 @@ class Normalisation(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """Multiply-accumulates of conv and linear layers for one image, and the number of parameters."""
+    """Multiply-accumulates of conv and linear layers for one image, the number of parameters, and picoseconds of a
+    batch by a latency table; 0 without one."""
 
     macs: int
     params: int
+    latency_ps: float = 0.0
+
+    @property
+    def counted(self) -> Cost:
+        """Without the latency: what a model has on any device."""
+        return self._replace(latency_ps=0.0)
+
+    def to_json(self) -> dict[str, float]:
+        """All that is known."""
+        return {name: value for name, value in self._asdict().items() if value or name != "latency_ps"}
+
+    @classmethod
+    def from_json(cls, data: Any) -> Cost:
+        """Read what `to_json` wrote; ValueError for anything else."""
+        check_shape(data, {"macs": int, "params": int}, "a cost")
+        check_shape(data, {key: float for key in data if key == "latency_ps"}, "a cost")
+        return cls(data["macs"], data["params"], float(data.get("latency_ps", 0.0)))
 
 
 class Score(NamedTuple):
@@ -102,6 +120,21 @@ class Layer(NamedTuple):
     stride: int
 
 
+class LayerTime(NamedTuple):
+    """Picoseconds that a layer, and what goes with it, takes of a batch: fixed_ps + per_in_ps * n_in + per_out_ps *
+    n_out + per_pair_ps * n_in * n_out, none of them negative. n_in and n_out are the kept entries of its axes, 1
+    without an axis.
+    """
+
+    name: str
+    inputs: Axis | None
+    outputs: Axis | None
+    fixed_ps: float
+    per_in_ps: float
+    per_out_ps: float
+    per_pair_ps: float
+
+
 @dataclass(frozen=True)
 class ChannelGroup:
     """Channels that must shrink together, named after the first layer that produces them.
@@ -129,7 +162,7 @@ class ChannelGroups(Sequence[ChannelGroup]):
     """All groups of a model in forward order, with the axes that slicing cuts and the layers that cost counts.
 
     `unknown` names operators that tracing did not know, each with the place where it stands; the groups they touch
-    are whole.
+    are whole. `latency` is of a `cacp.latency_table.LatencyTable`; with it, latency is a cost like the others.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -138,6 +171,7 @@ class ChannelGroups(Sequence[ChannelGroup]):
     fixed_macs: int  # of layers that tracing does not know
     fixed_params: int  # parameters outside conv, linear and batch norm
     unknown: tuple[str, ...] = ()
+    latency: tuple[LayerTime, ...] = ()
     _by_name: dict[str, ChannelGroup] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -286,7 +320,7 @@ _POLICY_FILE = {
     "weights_sha256": str,
     "details": {str: float},
     "criterion": str,
-    "cost": {"macs": int, "params": int},
+    "cost": {},
     "score": _SCORE,
     "search_score": _SCORE,
     "keep": {str: [int]},
@@ -319,7 +353,7 @@ class PolicyRecord:
             "weights_sha256": self.weights_sha256,
             "details": dict(self.details),
             "criterion": self.policy.criterion,
-            "cost": self.score.cost._asdict(),
+            "cost": self.score.cost.to_json(),
             "score": self.score.to_json(),
             "search_score": self.search_score.to_json(),
             "keep_counts": self.policy.counts,
@@ -338,7 +372,7 @@ class PolicyRecord:
             wrong = [name for name, indices in data["keep"].items() if not _is_sorted_subset(indices, math.inf)]
             if wrong:
                 raise ValueError(f"kept indices must be sorted, different and at least 0, but not in {listed(wrong)}")
-            cost = Cost(data["cost"]["macs"], data["cost"]["params"])
+            cost = Cost.from_json(data["cost"])
             scores = [Score.from_json(data[key], cost) for key in ("score", "search_score")]
             return cls(
                 policy=Policy({name: tuple(indices) for name, indices in data["keep"].items()}, data["criterion"]),
@@ -355,24 +389,3 @@ class PolicyRecord:
             raise UserError(
                 f"{source} is not a policy file: {error}; write it again with search.py or prune.py"
             ) from error
-
-
-def dump_json(data: Any) -> str:
-    """JSON with a trailing newline; short lists stay on one line."""
-    text = json.dumps(data, indent=2, allow_nan=False)
-    return _join_number_lists(text) + "\n"
-
-
-def _join_number_lists(text: str) -> str:
-    lines: list[str] = []
-    collecting = False
-    for line in text.split("\n"):
-        stripped = line.strip()
-        number = stripped.rstrip(",").lstrip("-").replace(".", "", 1).isdigit()
-        if collecting and (number or stripped in ("]", "],")):
-            lines[-1] += (" " if number and not lines[-1].endswith("[") else "") + stripped
-            collecting = number
-            continue
-        collecting = stripped.endswith("[")
-        lines.append(line)
-    return "\n".join(lines)

@@ -7,7 +7,7 @@ Features of a step, all in [0, 1] (AMC's state, He et al., ECCV 2018, with the t
     1   position of the group among the prunable ones
     2-9 of the first layer that produces the group, min-max normalised over the groups: channels, input channels,
         feature-map height, kernel, stride, parameters and MACs of the layer, MACs of the layers that read the group
-    10  fraction of the dense cost (MACs, or else params) that stays if all remaining groups are kept whole
+    10  fraction of the dense cost (MACs, or else params or latency) that stays if all remaining groups are kept whole
     11  the same if all remaining groups are pruned to their minimum
     12  even share: the keep ratio at which the remaining groups share the rest of the budget evenly
     13  least feasible keep ratio of this group

@@ -159,11 +159,11 @@ def test_layers_add_up_to_the_cost_of_a_policy() -> None:
     for policy in (keep_all(groups), random_policy(groups, 3)):
         layers = layer_costs(groups, policy.counts)
         macs, params = (sum(one.cost[column] for one in layers) for column in (0, 1))
-        assert (macs + groups.fixed_macs, params + groups.fixed_params) == counted_cost(
+        assert Cost(macs + groups.fixed_macs, params + groups.fixed_params) == counted_cost(
             slice_model(model, groups, policy), (3, 32, 32)
         )
     first = next(one for one in layer_costs(groups, {"conv1": 4}) if one.layer.module == "layer1.0.conv1")
-    assert (first.inputs, first.outputs, first.cost) == (4, 16, (32 * 32 * 9 * 4 * 16, 9 * 4 * 16))
+    assert (first.inputs, first.outputs, first.cost) == (4, 16, Cost(32 * 32 * 9 * 4 * 16, 9 * 4 * 16))
 
 
 def test_the_command_takes_a_policy_of_a_run_that_left_groups_whole(

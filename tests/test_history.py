@@ -146,3 +146,16 @@ def test_an_episode_of_a_budget_of_several_costs_is_credited_to_it(tmp_path: Pat
     history.append(episode(2, macs=601, counts=(2,), target=budget.mean_target))  # too many MACs
     assert numbers(history, budget) == [1]
     assert history.nearest(0.55) == budget
+
+
+def test_latency_is_a_column_only_where_it_is_known_and_comes_back_to_the_bit(tmp_path: Path) -> None:
+    path, latency_ps = tmp_path / "episodes.csv", 1e11 / 3
+    dense, budget = DENSE._replace(latency_ps=2 * latency_ps), Budget({"latency": 0.5})
+    history = History(path, dense, [budget])
+    history.append(episode(1, target=0.5)._replace(latency_ps=latency_ps))
+    history.append(episode(2, target=0.5, counts=(4, 4))._replace(latency_ps=latency_ps * 1.01))  # too slow
+    assert path.read_text().splitlines()[0].endswith(",counts,latency_ps")
+    again = History(path, dense, [budget], finished=2)
+    assert again.episodes == history.episodes and numbers(again, budget) == [1]
+    History(tmp_path / "without.csv", DENSE, BUDGETS)
+    assert (tmp_path / "without.csv").read_text().splitlines()[0].endswith(",seconds,counts")

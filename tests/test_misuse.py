@@ -81,7 +81,11 @@ def test_a_method_and_a_search_do_not_share_a_folder(call: Call, finished: Path)
         ("search", ["--output=x", "--criterion=l3"], ["criterion must be one of l1", "'l3'"]),
         ("search", ["--output=x", "--targets", "0.5", "1.5"], ["targets must be kept fractions in (0, 1]", "1.5"]),
         ("search", ["--output=x", "--targets", "nan"], ["targets", "nan"]),
-        ("search", ["--output=x", "--targets=0.5", "--macs=0.5"], ["targets, and macs or params, exclude each other"]),
+        (
+            "search",
+            ["--output=x", "--targets=0.5", "--macs=0.5"],
+            ["targets, and macs, params or latency, exclude each other"],
+        ),
         ("prune", ["--output=x", "--params=1.5"], ["params must be a kept fraction in (0, 1]", "1.5"]),
         ("prune", ["--output=x", "--macs=1", "--params=1"], ["keeps all prunes nothing"]),
         (
@@ -112,7 +116,11 @@ def test_a_method_and_a_search_do_not_share_a_folder(call: Call, finished: Path)
         ("prune", ["--output=x", "--method=gfi_ap", "--sweep=0.3:0.7"], ["LOW:HIGH:STEP", "'0.3:0.7'"]),
         ("prune", ["--output=x", "--method=gfi_ap", "--sweep=0.7:0.3:0.1"], ["must rise", "0.7:0.3:0.1"]),
         ("prune", ["--output=x", "--quantile=0.4"], ["quantiles are an option of --method gfi_ap", "uniform"]),
-        ("prune", ["--output=x", "--method=gfi_ap", "--quantile=0.4", "--macs=0.5"], ["quantiles and macs or params"]),
+        (
+            "prune",
+            ["--output=x", "--method=gfi_ap", "--quantile=0.4", "--macs=0.5"],
+            ["quantiles and macs, params or latency"],
+        ),
         ("search", ["--output=x", "--targets", "0.3:half"], ["a range of targets is LOW:HIGH", "0.3:half"]),
         ("search", ["--output=x", "--targets", "0.3:0.5:0.7"], ["a range of targets is LOW:HIGH", "0.3:0.5:0.7"]),
         ("search", ["--output=x", "--ask", "half"], ["--ask", "kept fractions in (0, 1]", "'half'"]),

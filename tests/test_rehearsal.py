@@ -69,7 +69,7 @@ def counts_of(ratios: np.ndarray, cost_model: CostModel) -> tuple[int, ...]:
 
 def fractions(ratios: np.ndarray, cost_model: CostModel) -> np.ndarray:
     """(..., 2) macs and params of real-valued keep ratios, as parts of the dense ones."""
-    return cost_model.costs(ratios * cost_model.channels) / np.array(cost_model.dense)
+    return cost_model.costs(ratios * cost_model.channels) / np.array(cost_model.dense[:2])
 
 
 @pytest.mark.parametrize("seed", range(3))

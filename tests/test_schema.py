@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from cacp.checkpoint import dump_json
 from cacp.schema import (
     Budget,
     ChannelGroup,
@@ -14,7 +15,6 @@ from cacp.schema import (
     PolicyRecord,
     Score,
     UserError,
-    dump_json,
 )
 
 GROUPS = ChannelGroups(
@@ -109,6 +109,14 @@ def test_policy_record_round_trip() -> None:
     assert PolicyRecord.from_json(json.loads(dump_json(data))) == record()
 
 
+def test_a_latency_is_a_part_of_the_cost_where_it_is_known() -> None:
+    cost = Cost(500, 60, 2.5e9)
+    assert cost.to_json() == {"macs": 500, "params": 60, "latency_ps": 2.5e9}
+    assert Cost.from_json(json.loads(dump_json(cost.to_json()))) == cost
+    assert Cost.from_json({"macs": 500, "params": 60}) == cost.counted == Cost(500, 60)
+    assert Budget({"macs": 0.5, "params": 0.6, "latency": 0.7}).name == "macs-0.50_params-0.60_latency-0.70"
+
+
 @pytest.mark.parametrize(
     ("key", "value", "text"),
     [
@@ -117,6 +125,8 @@ def test_policy_record_round_trip() -> None:
         ("budget", {"macs": 10**400}, "but got macs=1000"),
         ("cost", None, "cost must be an object, but got None"),
         ("cost", {"macs": 1.5, "params": 1}, "macs must be a whole number, but got 1.5"),
+        ("cost", {"macs": 1, "params": 1, "latency_ps": "1"}, "latency_ps must be a number, but got '1'"),
+        ("cost", {"macs": 1, "params": 1, "latency_ps": 10**400}, "int too large to convert to float"),
         ("keep", [1], "keep must be an object, but got [1]"),
         ("keep", {"a": "0123"}, "a must be a list, but got '0123'"),
         (

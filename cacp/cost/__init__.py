@@ -3,7 +3,7 @@
 MACs are the multiply-accumulates of conv and linear layers for one image (the papers' "FLOPs"); parameters are all of
 the model's. Both are sums over layers of `coefficient * n_in * n_out`, so polynomials of second degree in the kept
 channel counts: a policy costs microseconds, and many policies a few products. `torch.utils.flop_counter` counts 2 per
-MAC.
+MAC. Latency is a third polynomial of this kind where the groups have one, measured by `cacp.latency_table`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from cacp.models.modes import training_flags_kept
-from cacp.schema import Axis, ChannelGroups, Cost, Layer
+from cacp.schema import COSTS, Axis, ChannelGroups, Cost, Layer
 
 
 class CostModel:
@@ -30,6 +30,7 @@ class CostModel:
         min_keep: (G,) int64, the least count of each.
         multiple: (G,) int64, what the counts of each are multiples of, all its channels aside.
         feasible: for each the counts that it may have, (K,) int64, ascending.
+        cost_names: what is known of a policy, the D first of COSTS: latency only with a table of it.
         dense: cost of the unpruned model.
     """
 
@@ -44,14 +45,15 @@ class CostModel:
             for group in prunable
         ]
 
-        terms = _polynomial(groups, self.names)
-        positions = range(len(self.names))
-        self._constant = terms[()]  # (2,)
-        self._linear = np.array([terms[group,] for group in positions]).reshape(-1, 2)  # (G, 2)
-        self._squares = np.array([terms[group, group] for group in positions]).reshape(-1, 2)  # (G, 2)
+        self.cost_names = COSTS if groups.latency else COSTS[:2]
+        terms = _polynomial(groups, self.names, self.cost_names)
+        positions, width = range(len(self.names)), len(self.cost_names)
+        self._constant = terms[()]  # (D,)
+        self._linear = np.array([terms[group,] for group in positions]).reshape(-1, width)  # (G, D)
+        self._squares = np.array([terms[group, group] for group in positions]).reshape(-1, width)  # (G, D)
         pairs = [key for key in terms if len(set(key)) == 2]
         self._first, self._second = np.array(pairs, dtype=np.int64).reshape(-1, 2).T  # (E,) each
-        self._products = np.array([terms[key] for key in pairs]).reshape(-1, 2)  # (E, 2)
+        self._products = np.array([terms[key] for key in pairs]).reshape(-1, width)  # (E, D)
         ends = np.concatenate([self._first, self._second])  # (2E,), and in the same order the other ends and weights:
         others, weights = np.concatenate([self._second, self._first]), np.concatenate([self._products] * 2)
         self._partners = [(others[ends == group], weights[ends == group]) for group in positions]
@@ -78,7 +80,7 @@ class CostModel:
             counts: (..., G) kept channels of the prunable groups.
 
         Returns:
-            (..., 2) float64: macs and params; exact integers (below 2**53) for integer counts.
+            (..., D) float64: macs, params and latency in picoseconds; exact (below 2**53) for integer counts.
         """
         products = counts[..., self._first] * counts[..., self._second]  # (..., E)
         return self._constant + counts @ self._linear + counts**2 @ self._squares + products @ self._products
@@ -93,17 +95,17 @@ class CostModel:
             count: (...) afterwards.
 
         Returns:
-            (..., 2) float64: macs and params; exact as `costs` is.
+            (..., D) float64, exact as `costs` is.
         """
         partners, weights = self._partners[group]
         now = counts[..., group]
-        slope = self._linear[group] + counts[..., partners] @ weights  # (..., 2)
+        slope = self._linear[group] + counts[..., partners] @ weights  # (..., D)
         return (count - now)[..., None] * slope + (count**2 - now**2)[..., None] * self._squares[group]
 
     def cost(self, counts: Sequence[int] | np.ndarray) -> Cost:
         """Cost of one policy from its keep counts (G,)."""
-        macs, params = self.costs(np.asarray(counts, dtype=np.float64))
-        return Cost(round(macs), round(params))
+        macs, params, *latency_ps = self.costs(np.asarray(counts, dtype=np.float64)).tolist()
+        return Cost(round(macs), round(params), *latency_ps)
 
     def fits(self, counts: Sequence[int], cost: Cost) -> bool:
         """Whether these are keep counts of the model's groups, and what they cost."""
@@ -115,21 +117,32 @@ class CostModel:
         )
 
 
-def _polynomial(groups: ChannelGroups, names: Sequence[str]) -> defaultdict[tuple[int, ...], np.ndarray]:
-    """Macs and params as a polynomial of the counts: (2,) coefficients of products of none, one or two groups' counts,
-    by the groups' positions in ascending order.
+def _polynomial(
+    groups: ChannelGroups, names: Sequence[str], costs: Sequence[str]
+) -> defaultdict[tuple[int, ...], np.ndarray]:
+    """The costs as a polynomial of the counts: (D,) coefficients of products of none, one or two groups' counts, by the
+    groups' positions in ascending order.
     """
     position = {name: index for index, name in enumerate(names)}
-    terms: defaultdict[tuple[int, ...], np.ndarray] = defaultdict(lambda: np.zeros(2))
-    terms[()] = np.array([groups.fixed_macs, groups.fixed_params], dtype=np.float64)
+    terms: defaultdict[tuple[int, ...], np.ndarray] = defaultdict(lambda: np.zeros(len(costs)))
+    macs, params = (cost == np.array(costs) for cost in COSTS[:2])  # (D,) each
+    terms[()] += groups.fixed_macs * macs + groups.fixed_params * params
     for layer in groups.layers:
         inputs, outputs = (_entries(groups, position, axis) for axis in (layer.inputs, layer.outputs))
-        per_pair = np.array([layer.macs_per_pair, layer.params_per_pair], dtype=np.float64)
-        per_out = np.array([0, layer.params_per_out], dtype=np.float64)
+        per_pair = layer.macs_per_pair * macs + layer.params_per_pair * params
         for out_key, n_out in outputs.items():
-            terms[out_key] += per_out * n_out
+            terms[out_key] += layer.params_per_out * n_out * params
             for in_key, n_in in inputs.items():
                 terms[tuple(sorted(in_key + out_key))] += per_pair * n_in * n_out
+    for timed in groups.latency:
+        inputs, outputs = (_entries(groups, position, axis) for axis in (timed.inputs, timed.outputs))
+        terms[()][-1] += timed.fixed_ps
+        for in_key, n_in in inputs.items():
+            terms[in_key][-1] += timed.per_in_ps * n_in
+        for out_key, n_out in outputs.items():
+            terms[out_key][-1] += timed.per_out_ps * n_out
+            for in_key, n_in in inputs.items():
+                terms[tuple(sorted(in_key + out_key))][-1] += timed.per_pair_ps * n_in * n_out
     return terms
 
 

@@ -36,9 +36,9 @@ def main() -> None:
         policy = Policy({**whole, **record.policy.keep}, record.policy.criterion)
         policy.validate(groups)
         cost = CostModel(groups).cost([policy.counts[group.name] for group in groups.prunable])
-        if cost != record.score.cost:
+        if cost != record.score.cost.counted:
             raise UserError(
-                f"{arguments.policy} costs {record.score.cost}, but of this network {cost}; "
+                f"{arguments.policy} costs {record.score.cost.counted}, but of this network {cost}; "
                 "give the --model, --classes and --image_size of its run"
             )
     show(groups, record.policy.counts if record else {}, f"{arguments.model}, images of {size} x {size} pixels")

@@ -10,6 +10,8 @@ from cacp.page.markup import Markup, joined, table, tag
 from cacp.reporting import millions, percent
 from cacp.runfolder import PrunedModel, RunFolder, at, command, number
 
+LATENCY = "latency by the table"
+
 
 def answer(run: RunFolder) -> Markup:
     """Dense and pruned models: what they know, cost and weigh."""
@@ -22,6 +24,7 @@ def answer(run: RunFolder) -> Markup:
     timed = list(dict.fromkeys(name for model in run.models for name in latencies(model.exported)))
     columns = ["model", "top-1 after fine-tuning, test, %", "minus dense, points", "before fine-tuning, test, %"]
     columns += ["before, validation, %", "MACs", "MACs, % of dense", "params", "params, % of dense"]
+    columns += [f"{LATENCY}, % of dense"] if "latency_ps" in run.dense_cost else []
     columns += [part for name in timed for part in (f"{name}, ms", f"{name}, × as fast")] + ["weights on disk, MB"]
     rows = [_dense_row(run, timed), *(_model_row(run, model, timed) for model in run.models)]
     return joined(
@@ -65,7 +68,7 @@ def policy_title(model: PrunedModel) -> str:
 
 def kept_parts(run: RunFolder, model: PrunedModel) -> dict[str, float]:
     """Kept part of every cost whose dense value is known."""
-    names = {"macs": "MACs", "params": "parameters"}
+    names = {"macs": "MACs", "params": "parameters", "latency_ps": LATENCY}
     cost = model.record.score.cost._asdict()
     return {names[key]: cost[key] / dense for key, dense in run.dense_cost.items() if dense}
 
@@ -79,10 +82,11 @@ def _dense_row(run: RunFolder, timed: Sequence[str]) -> list[object]:
         dense = [one[name][0] for one in measured if name in one]
         times += [f"{statistics.median(dense):.2f}", "1.00"]
     cost = run.dense_cost
-    macs, params = (millions(cost[key]) if key in cost else None for key in ("macs", "params"))
+    macs, params = (millions(round(cost[key])) if key in cost else None for key in ("macs", "params"))
     test = percent_of(next((top for top in tops if top is not None), None))
     validation = percent_of(next((top for top in holdout if top is not None), None))
     kept = ["100.00" if one else None for one in (macs, params)]
+    times = ["100.00", *times] if "latency_ps" in cost else times
     return ["dense", test, None, None, validation, macs, kept[0], params, kept[1], *times, megabytes(run.dense_bytes)]
 
 
@@ -107,6 +111,7 @@ def _model_row(run: RunFolder, model: PrunedModel, timed: Sequence[str]) -> list
         percent_of(kept.get("MACs")),
         millions(cost.params),
         percent_of(kept.get("parameters")),
+        *([percent_of(kept[LATENCY])] if LATENCY in kept else []),
         *times,
         megabytes(size),
     ]
@@ -144,17 +149,18 @@ def unstructured(run: RunFolder) -> Markup:
 
 def comparison(runs: Sequence[RunFolder]) -> Markup:
     """Every policy of every run."""
+    costs = ["MACs", "parameters", *([LATENCY] if any("latency_ps" in run.dense_cost for run in runs) else [])]
     rows = [
         [
-            f"{policy_title(model)}, {run.label}", model.record.method, percent_of(kept_parts(run, model).get("MACs")),
-            percent_of(kept_parts(run, model).get("parameters")), percent(model.record.score.top1),
+            f"{policy_title(model)}, {run.label}", model.record.method,
+            *(percent_of(kept_parts(run, model).get(cost)) for cost in costs), percent(model.record.score.top1),
             *(percent_of(number(model.tuned, "test_top1", key)) for key in ("before", "after")),
         ]
         for run in runs
         for model in run.models
     ]  # fmt: skip
     rows.sort(key=lambda row: str(row[0]))
-    columns = ["policy, run", "pruned by", "MACs kept, %", "params kept, %", "before, validation, %"]
+    columns = ["policy, run", "pruned by", *(f"{cost} kept, %" for cost in costs), "before, validation, %"]
     columns += ["before, test, %", "after fine-tuning, test, %"]
     if len(runs) > 1:
         return table("All policies, top-1.", columns, rows)
