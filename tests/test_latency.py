@@ -91,6 +91,22 @@ def test_a_model_that_gains_what_its_macs_promise_is_not_looked_into(
     assert report["latency_conditions"]["torch"].endswith("on cpu, channels last")
 
 
+def test_a_model_that_is_fast_at_the_second_look_needs_no_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense_ms = iter([2.0, 2.0, 9.0, 2.0])  # batches 1 and 64, then both again
+
+    def measured(runners: dict, shape: object, batch: int) -> dict[str, dict[str, Latency]]:
+        slow = next(dense_ms)
+        return {"torch": {name: around(slow if name == "dense" else 1.5) for name in runners["torch"]}}
+
+    monkeypatch.setattr(latency, "measure_latencies", measured)
+    model = tiny_cnn().eval()
+    groups = trace(model, torch.zeros(1, 1, 8, 8))
+    counts = {group.name: group.channels // 2 for group in groups.prunable}
+    report = LatencyBench(model, groups, (1, 8, 8)).report(model, counts, "not among --forms")
+    assert list(report["latency_why"]) == ["torch, batch 64"]
+    assert [report["latency_ms"][f"batch {batch}"]["dense"]["median"] for batch in (1, 64)] == [9.0, 2.0]
+
+
 def test_both_runtimes_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latency, "SECONDS", 0.0)
     monkeypatch.setattr(latency, "PROMISED", 0.0)  # nothing to look into

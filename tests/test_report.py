@@ -164,11 +164,12 @@ def test_a_page_needs_nothing_of_a_report_and_takes_more(call: Call, finished: P
     save_json(folder / "finetune" / "macs-0.30" / "result.json", {"test_top1": {"after": "none"}, "test_images": None})
     path = folder / "export" / "macs-0.70" / "report.json"
     pair = {"dense": {"median": 8.0}, "pruned": {"median": 2.0, "more": [1]}}
-    save_json(path, {**load_json(path), "onnx": {"latency_ms": {"batch 1": pair, "threads": 2}, "parity": True}})
+    times = {"batch 1": pair, "batch 8": 2, "batch 64": {"dense": pair["dense"]}}
+    save_json(path, {**load_json(path), "latency_ms_onnxruntime": times})
     (folder / "export" / "macs-0.70" / "model.onnx").write_bytes(b"x" * 5000)
     words = Outline(reported(call, folder)).words
     assert "evaluation1 min 1 s100.00" in words and "slicing" not in words
-    assert "onnx batch 1, ms" in words and "4.00 × as fast, onnx batch 1" in words
+    assert "ONNX Runtime, batch 1, ms" in words and "4.00 × as fast, ONNX Runtime, batch 1" in words
     assert "export: 3 of 3" not in words
     (folder / "finetune" / "macs-0.70" / "result.json").unlink()
     assert "export/macs-0.70/model.onnx0.005" in Outline(reported(call, folder)).words
@@ -250,11 +251,13 @@ def test_only_markup_is_markup() -> None:
     assert Outline(document("<title>")).words.strip().startswith("<title>")
 
 
-def test_latencies_are_found_wherever_they_stand() -> None:
+def test_latencies_are_by_runtime_and_batch_and_only_what_was_exported() -> None:
     pair = {"dense": {"median": 3.0}, "pruned": {"median": 2}}
-    report = {"latency_ms": {"batch 1": pair}, "onnx": {"latency_ms": {"batch 8": pair}}, "dense": {"macs": 1}}
-    assert latencies(report) == {"batch 1": (3.0, 2.0), "onnx batch 8": (3.0, 2.0)}
-    assert latencies({"batch 1": {"dense": {"median": "3"}, "pruned": {"median": 0}}}) == {}
+    why = {"PyTorch, batch 8": {"ms": {**pair, "narrowest": {"median": 1.0}}, "why": "odd"}}
+    report = {"latency_ms": {"batch 1": pair}, "latency_ms_onnxruntime": {"batch 8": pair}, "latency_why": why}
+    assert latencies(report) == {"PyTorch, batch 1": (3.0, 2.0), "ONNX Runtime, batch 8": (3.0, 2.0)}
+    assert latencies({"latency_ms_onnxruntime": {"missing": "not among --forms"}}) == {}
+    assert latencies({"latency_ms": {"batch 1": {"dense": {"median": "3"}, "pruned": {"median": 0}}}}) == {}
 
 
 def test_durations_in_two_units() -> None:

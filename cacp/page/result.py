@@ -11,6 +11,7 @@ from cacp.reporting import millions, percent
 from cacp.runfolder import PrunedModel, RunFolder, at, command, number
 
 LATENCY = "latency by the table"
+RUNTIMES = {"latency_ms": "PyTorch", "latency_ms_onnxruntime": "ONNX Runtime"}  # by where a report has their times
 
 
 def answer(run: RunFolder) -> Markup:
@@ -35,13 +36,16 @@ def answer(run: RunFolder) -> Markup:
     )
 
 
-def latencies(report: Mapping[str, Any], path: tuple[str, ...] = ()) -> dict[str, tuple[float, float]]:
-    """Medians of dense and pruned model in milliseconds, by what was measured, wherever in a report they stand."""
-    pair = [at(report, name, "median") for name in ("dense", "pruned")]
-    if all(isinstance(one, int | float) and one > 0 for one in pair):
-        return {" ".join(key for key in path if key != "latency_ms"): (float(pair[0]), float(pair[1]))}
-    parts = [latencies(value, (*path, key)) for key, value in report.items() if isinstance(value, Mapping)]
-    return {name: value for part in parts for name, value in part.items()}
+def latencies(report: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    """Medians of dense and pruned model in milliseconds, by runtime and batch."""
+    found: dict[str, tuple[float, float]] = {}
+    for key, runtime in RUNTIMES.items():
+        times = report.get(key)
+        for batch in times if isinstance(times, Mapping) else ():
+            pair = [at(report, key, batch, name, "median") for name in ("dense", "pruned")]
+            if all(isinstance(one, int | float) and one > 0 for one in pair):
+                found[f"{runtime}, {batch}"] = (float(pair[0]), float(pair[1]))
+    return found
 
 
 def _card(run: RunFolder, model: PrunedModel) -> Markup:
