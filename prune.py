@@ -11,6 +11,7 @@ import copy
 import math
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -23,8 +24,9 @@ from cacp.experiment import Experiment
 from cacp.methods import Pruned, Subject, Training, make_method
 from cacp.pipeline import Workbench, build_workbench, open_run, select_device, training_recipe
 from cacp.policies import has_policies, load_policies, missing_policies, save_policy
-from cacp.reporting import console, percent, show_policies, table, track_training
-from cacp.schema import Budget, Policy, PolicyRecord, UserError
+from cacp.reporting import ProgressLine, console, percent, show_policies, table, track_training
+from cacp.schema import Budget, Policy, PolicyRecord, Score, UserError
+from cacp.scoring import PolicyScorer
 from cacp.sweep import SweepRow, load_sweep, save_sweep
 
 UNSTRUCTURED = {"sparsity": float, "dense_holdout_top1": float, "holdout_top1": float}
@@ -111,7 +113,7 @@ def subject_of(experiment: Experiment, bench: Workbench, name: str) -> Subject:
         cost_model=bench.cost_model,
         importance=bench.importance,
         criterion=experiment.criterion,
-        score=bench.scorer,
+        scores=partial(scores, bench.scorer),
         evaluations=experiment.episodes,
         normalisation=bench.dense.normalisation,
         training=Training(
@@ -122,6 +124,16 @@ def subject_of(experiment: Experiment, bench: Workbench, name: str) -> Subject:
             track=partial(track_training, folder=folder, title=f"{experiment.method} {name}"),
         ),
     )
+
+
+def scores(scorer: PolicyScorer, policies: Sequence[Policy]) -> list[Score]:
+    """Of every policy, with progress over those that were not scored before."""
+    waiting = [policy for policy in policies if not scorer.knows(policy)]
+    if waiting:
+        with ProgressLine("policies scored", len(waiting)) as progress:
+            for policy in waiting:
+                progress.advance(f"top-1 {percent(scorer(policy).top1)} %")
+    return [scorer(policy) for policy in policies]
 
 
 def save(experiment: Experiment, bench: Workbench, pruned: Pruned, budget: Budget | None) -> PolicyRecord:

@@ -66,7 +66,9 @@ def by_uniform(cell: Cell) -> list[Found]:
 
 
 def by_sensitivity(cell: Cell) -> list[Found]:
-    curves = degradation_curves(lambda counts: cell.score(counts).probability, cell.cost_model, cell.purse)
+    curves = degradation_curves(
+        lambda policies: [cell.score(counts).probability for counts in policies], cell.cost_model, cell.purse
+    )
     return [
         Found(target, threshold_counts(curves, cell.cost_model, Budget({"macs": target})), 0.0) for target in TARGETS
     ]

@@ -121,6 +121,10 @@ class PolicyScorer:
     def _repair(self) -> Repair:
         return Repair(self._model, self._groups, self._calibration.float())
 
+    def knows(self, policy: Policy) -> bool:
+        """Whether its score is there already."""
+        return self._key(policy) in self._scores
+
     def remember(self, policy: Policy, score: Score) -> None:
         """Take over the score of a policy from an earlier run of the same search."""
         self._scores[self._key(policy)] = score

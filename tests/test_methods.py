@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import numpy as np
 import pytest
 import torch
-from conftest import resnet20
+from conftest import keep_all, resnet20
 from torch import Tensor
 
+import prune
 from cacp.budget import in_window
 from cacp.cost import CostModel
 from cacp.graph import trace
@@ -19,6 +20,7 @@ from cacp.methods import Method, Subject, Training, make_method, sensitivity, ta
 from cacp.methods.sensitivity import degradation_curves
 from cacp.methods.threshold import filled_up, threshold_counts
 from cacp.schema import Budget, ChannelGroups, Normalisation, Policy, Score
+from cacp.scoring import PolicyScorer
 
 UNTRAINED = ["uniform", "taylor", "sensitivity", "gfi_ap"]
 
@@ -38,7 +40,7 @@ def subject(scope: str = "inner", seed: int = 0, spread: float = 1.0, multiple: 
         return channel_importance(model, groups, criterion)
 
     cost_model = CostModel(groups)
-    scores, normalisation = additive_score(cost_model), Normalisation((0.5,) * 3, (0.5,) * 3)
+    scores, normalisation = additive_scores(cost_model), Normalisation((0.5,) * 3, (0.5,) * 3)
     return Subject(model, groups, cost_model, importance, "l1", scores, 300, normalisation, cast(Training, None))
 
 
@@ -48,7 +50,7 @@ def found(method: Method, asked: Subject, target: float) -> Policy:
     return policy
 
 
-def additive_score(cost_model: CostModel) -> Callable[[Policy], Score]:
+def additive_scores(cost_model: CostModel) -> Callable[[Sequence[Policy]], list[Score]]:
     """Probability: 1 - sum of weight * (pruned part)^2; the weights grow from group to group."""
     weights = np.linspace(0.01, 0.1, len(cost_model.names))
 
@@ -56,7 +58,7 @@ def additive_score(cost_model: CostModel) -> Callable[[Policy], Score]:
         kept = np.array([len(policy.keep[name]) for name in cost_model.names])
         return Score(0.0, 0.0, 1 - weights @ (1 - kept / cost_model.channels) ** 2, cost_model.cost(kept))
 
-    return score
+    return lambda policies: [score(policy) for policy in policies]
 
 
 def counts(groups: ChannelGroups, policy: Policy) -> list[int]:
@@ -184,11 +186,30 @@ def test_degradation_curves_are_measured_at_a_purse_of_widths_and_monotone() -> 
         scored.append(kept)
         return 0.9 - 0.3 * sum(kept != whole for kept, whole in zip(kept, cost_model.channels.tolist(), strict=True))
 
-    curves = degradation_curves(score, cost_model, 91)
+    curves = degradation_curves(lambda policies: [score(kept) for kept in policies], cost_model, 91)
     assert len(scored) == 91 == len(set(scored))  # dense, and 10 widths of each of 9 groups
     for curve, least in zip(curves, cost_model.min_keep, strict=True):
         assert np.isnan(curve[:least]).all() and curve[-1] == 0
         assert np.all(np.diff(curve[least:]) <= 1e-12) and curve[least] == pytest.approx(0.3)
+
+
+def test_progress_is_over_policies_that_were_not_scored_before(capsys: pytest.CaptureFixture) -> None:
+    asked = subject()
+    (score,) = asked.scores([keep_all(asked.groups)])
+    known: dict[str, Score] = {}
+
+    class Scorer:
+        def knows(self, policy: Policy) -> bool:
+            return policy.criterion in known
+
+        def __call__(self, policy: Policy) -> Score:
+            return known.setdefault(policy.criterion, score._replace(top1=len(known) / 10))
+
+    policies = [Policy({}, name) for name in "abca"]
+    assert [one.top1 for one in prune.scores(cast(PolicyScorer, Scorer()), policies)] == [0.0, 0.1, 0.2, 0.0]
+    assert "policies scored 4/4 top-1 0.00 %" in capsys.readouterr().out
+    prune.scores(cast(PolicyScorer, Scorer()), policies)
+    assert not capsys.readouterr().out
 
 
 @pytest.mark.parametrize("multiple", [2, 3, 8])

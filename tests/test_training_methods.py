@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -82,7 +82,7 @@ def subject(folder: Path, track: Track | None = None, scope: str = "all") -> Sub
     def importance(criterion: str) -> dict[str, Tensor]:
         return channel_importance(model, groups, criterion, batches())
 
-    def unused(policy: Policy) -> Score:
+    def unused(policies: Sequence[Policy]) -> list[Score]:
         raise AssertionError("no method here measures scores")
 
     recipe = Recipe(epochs=1, batch_size=30, padding=0, flip=False, precision="fp32")

@@ -46,8 +46,8 @@ def results(folder: Path) -> dict[str, Tensor]:
     for name, method in (("caie", CAIE(channels_per_step=150, batches_per_step=2)), ("sfp", SFP(1, 0.02))):
         training = Training(data, recipe, 2, folder / name, lambda records, epochs: list(records))
         unused = partial(channel_importance, model, groups)
-        score = None  # type: ignore[var-annotated]
-        subject = Subject(model, groups, CostModel(groups), unused, "l1", score, 0, normalisation, training)
+        scores = None  # type: ignore[var-annotated]
+        subject = Subject(model, groups, CostModel(groups), unused, "l1", scores, 0, normalisation, training)
         pruned = method(subject, Budget({"macs": 0.5}))
         assert pruned.policy is not None and pruned.weights is not None
         found |= {f"{name} {key}": tensor for key, tensor in pruned.weights.items()}

@@ -10,6 +10,7 @@ Shapes: G prunable groups, T targets.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -23,26 +24,29 @@ from cacp.slicing import counts_policy
 
 BISECTIONS = 60
 
+Counts = tuple[int, ...]
+
 
 def sensitivity(subject: Subject, budget: Budget) -> Pruned:
     """The policy under the least threshold on the degradation of single groups."""
     orders = channel_orders(subject.importance(subject.criterion))
 
-    def score(counts: tuple[int, ...]) -> float:
-        return subject.score(counts_policy(subject.groups, counts, orders, subject.criterion)).probability
+    def scores(policies: Sequence[Counts]) -> list[float]:
+        asked = [counts_policy(subject.groups, counts, orders, subject.criterion) for counts in policies]
+        return [score.probability for score in subject.scores(asked)]
 
-    curves = degradation_curves(score, subject.cost_model, subject.evaluations)  # scored once for all budgets
+    curves = degradation_curves(scores, subject.cost_model, subject.evaluations)  # scored once for all budgets
     counts = threshold_counts(curves, subject.cost_model, budget)
     return Pruned(counts_policy(subject.groups, counts, orders, subject.criterion))
 
 
 def degradation_curves(
-    score: Callable[[tuple[int, ...]], float], cost_model: CostModel, evaluations: int
+    scores: Callable[[Sequence[Counts]], list[float]], cost_model: CostModel, evaluations: int
 ) -> list[np.ndarray]:
     """What the score loses when one group alone is pruned, for all its counts; no count is worse than a smaller one.
 
     Args:
-        score: keep counts of all prunable groups -> a number, the higher the better.
+        scores: keep counts of all prunable groups, of several policies -> a number each, the higher the better.
         cost_model: of the groups.
         evaluations: how many policies may be scored, shared evenly by the groups as far as they have so many counts, at
             least one a group; the dense one is one of them.
@@ -52,13 +56,20 @@ def degradation_curves(
     """
     whole = tuple(cost_model.channels.tolist())
     spans = [len(feasible) - 1 for feasible in cost_model.feasible]
-    dense, share = score(whole), _share(spans, evaluations - 1)
-    curves = []
-    for group, channels in enumerate(whole):
-        feasible = cost_model.feasible[group]
+    share = _share(spans, evaluations - 1)
+    widths_of = []  # G of (W,), the last one all channels
+    for feasible, channels in zip(cost_model.feasible, whole, strict=True):
         asked = np.linspace(feasible[0], channels, min(share, len(feasible) - 1) + 1).round()  # (W,)
-        widths = feasible[np.unique(np.abs(feasible[:, None] - asked).argmin(axis=0))]
-        losses = [dense - score((*whole[:group], width, *whole[group + 1 :])) for width in widths[:-1].tolist()]
+        widths_of.append(feasible[np.unique(np.abs(feasible[:, None] - asked).argmin(axis=0))])
+    narrowed = [
+        (*whole[:group], width, *whole[group + 1 :])
+        for group, widths in enumerate(widths_of)
+        for width in widths[:-1].tolist()
+    ]
+    dense, *values = scores([whole, *narrowed])
+    remaining, curves = iter(values), []
+    for feasible, channels, widths in zip(cost_model.feasible, whole, widths_of, strict=True):
+        losses = [dense - value for value in itertools.islice(remaining, len(widths) - 1)]
         monotone = np.maximum.accumulate([0.0, *losses[::-1]])[::-1]
         curve = np.full(channels + 1, np.nan)
         curve[feasible] = np.interp(feasible, widths, monotone)

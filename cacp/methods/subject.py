@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,8 +34,8 @@ class Subject(NamedTuple):
     """A model as the methods see it; none changes it.
 
     `importance(criterion)` gives the scores (C,) of the channels of every prunable group; `criterion` is the one that
-    the experiment asks for, a method with a criterion of its own ignores it. `score(policy)` measures a policy, equal
-    ones once; a method that measures scores at most `evaluations` for all budgets.
+    the experiment asks for, a method with a criterion of its own ignores it. `scores(policies)` measures policies,
+    equal ones once; a method that measures scores at most `evaluations` for all budgets.
     """
 
     model: nn.Module
@@ -43,7 +43,7 @@ class Subject(NamedTuple):
     cost_model: CostModel
     importance: Callable[[str], dict[str, Tensor]]
     criterion: str
-    score: Callable[[Policy], Score]
+    scores: Callable[[Sequence[Policy]], list[Score]]
     evaluations: int
     normalisation: Normalisation
     training: Training
