@@ -63,7 +63,10 @@ def portable(value: Any) -> Any:
         return {key: portable(item) for key, item in value.items()}
     if isinstance(value, list):
         return [portable(item) for item in value]
-    return Path(value).name if isinstance(value, str) and value.startswith("/") else value
+    if not isinstance(value, str):
+        return value
+    name, equals, path = ("", "", value) if value.startswith("/") else value.partition("=")  # resnet20=FILE
+    return name + equals + Path(path).name if path.startswith("/") else value
 
 
 def search_seconds(episodes: Path) -> float | None:

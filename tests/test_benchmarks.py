@@ -32,6 +32,7 @@ from benchmarks.peers import (
 from benchmarks.search_speed import check_peers, in_turn
 from benchmarks.speed_subject import Subject, draw_policies
 from benchmarks.speed_summary import agreement, floor_seconds, spread
+from benchmarks.summarise import portable
 from cacp.checkpoint import save_json
 from cacp.cost import counted_cost
 from cacp.evaluation import recalibrate_batchnorm, resolve_precision
@@ -366,3 +367,15 @@ def test_a_whole_search_is_timed_and_never_a_resumed_one(tmp_path: Path, monkeyp
     assert result["settings"]["episodes"] == 80
     with pytest.raises(UserError, match="is there already; move it away, or use another --output"):
         whole_search.main()
+
+
+def test_results_name_no_folder_of_this_machine() -> None:
+    words = ["x.py", "--work", "/tmp/cells", "resnet20=/a/b.th", "/a=b/c.pt", "lr=0.1", "a/b", 3, None]
+    assert portable({"command": words}) == {
+        "command": ["x.py", "--work", "cells", "resnet20=b.th", "c.pt", "lr=0.1", "a/b", 3, None]
+    }
+    results = Path(__file__).resolve().parent.parent / "results"
+    files = list(results.rglob("*.json"))
+    assert len(files) > 10
+    for file in files:
+        assert portable(data := json.loads(file.read_text())) == data, file.name
