@@ -50,6 +50,10 @@ class Cost(NamedTuple):
     params: int
     latency_ps: float = 0.0
 
+    def __str__(self) -> str:
+        latency = f", latency {self.latency_ps / PS_PER_MS:.3f} ms" if self.latency_ps else ""
+        return f"macs {self.macs}, params {self.params}{latency}"
+
     @property
     def counted(self) -> Cost:
         """Without the latency: what a model has on any device."""

@@ -149,7 +149,7 @@ def test_what_a_method_of_ones_own_must_not_return(
     )
     monkeypatch.syspath_prepend(tmp_path)
     for name, words in {
-        "everything": "returned a policy that costs Cost(macs=40551040, params=269722), above macs-0.50",
+        "everything": "returned a policy that costs macs 40551040, params 269722, above macs-0.50",
         "nothing": "returned no policy",
         "half": "layer1.0.conv1: missing",
         "weights": "must be a state dict of the dense network",
