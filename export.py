@@ -19,7 +19,7 @@ from cacp.command import run_command
 from cacp.config import experiment_from, parse
 from cacp.cost import counted_cost
 from cacp.environment import environment
-from cacp.evaluation import device_of
+from cacp.evaluation import Evaluation, device_of
 from cacp.experiment import Experiment
 from cacp.exporting import Architecture, save_pruned
 from cacp.latency import BATCHES, LatencyBench
@@ -28,7 +28,7 @@ from cacp.locking import only_writer
 from cacp.pipeline import Workbench, build_workbench, check_run, load_exported, select_device
 from cacp.policies import load_policies, weights_path
 from cacp.reporting import console, millions, percent, show_files, show_latencies, table
-from cacp.schema import PolicyRecord, UserError
+from cacp.schema import Cost, PolicyRecord, UserError
 from cacp.shipping import FILES, forms_of, ship, unshipped
 
 SCORE_TOLERANCE = 0.005  # of top-1 between search and export, both fp32 on the same images
@@ -157,21 +157,8 @@ def export(bench: Workbench, experiment: Experiment, record: PolicyRecord, folde
     save_pruned(folder, sliced, architecture)
     loaded = load_exported(experiment, folder).to(device_of(sliced)).to(memory_format=torch.channels_last)
     check_parity(sliced, loaded, bench)
-    counted = counted_cost(loaded, dense.image_shape)
-    if cost != record.score.cost:
-        raise UserError(f"{folder}: the policy costs {cost}, but its file says {record.score.cost}; search again")
-    if counted != cost.counted:
-        raise UserError(
-            f"{folder}: the exported model costs {counted}, but the closed form says {cost.counted}; report this"
-        )
-    evaluation = bench.rescorer.evaluate(loaded)
-    difference = abs(evaluation.top1 - record.score.top1)
-    if difference > SCORE_TOLERANCE:
-        raise UserError(
-            f"{folder}: top-1 is {percent(evaluation.top1)} % now, but was {percent(record.score.top1)} % in the "
-            "search; "
-            "dense weights, data or calibration images are not those of the search"
-        )
+    counted, evaluation = counted_cost(loaded, dense.image_shape), bench.rescorer.evaluate(loaded)
+    check_promises(record, cost, counted, evaluation, folder)
     return {
         "policy": record.to_json(),
         "dense": {**bench.cost_model.dense.to_json(), "holdout_top1": bench.rescorer.evaluate(dense.model).top1},
@@ -181,6 +168,25 @@ def export(bench: Workbench, experiment: Experiment, record: PolicyRecord, folde
         "bit_equal_after_loading": True,
         "environment": environment(bench.seed),
     }
+
+
+def check_promises(record: PolicyRecord, cost: Cost, counted: Cost, evaluation: Evaluation, folder: Path) -> None:
+    """Refuse a model that is not what its policy file says; `cost` is by the closed form, `counted` on the model.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    if cost != record.score.cost:
+        raise UserError(f"{folder}: the policy costs {cost}, but its file says {record.score.cost}; search again")
+    if counted != cost.counted:
+        raise UserError(
+            f"{folder}: the exported model costs {counted}, but the closed form says {cost.counted}; report this"
+        )
+    if abs(evaluation.top1 - record.score.top1) > SCORE_TOLERANCE:
+        raise UserError(
+            f"{folder}: top-1 is {percent(evaluation.top1)} % now, but was {percent(record.score.top1)} % in the "
+            "search; dense weights, data or calibration images are not those of the search"
+        )
 
 
 def complete(

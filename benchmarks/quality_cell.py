@@ -155,8 +155,6 @@ def cell_arguments(doc: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--dataset", default="cifar10")
     parser.add_argument("--data_dir", default="data")
     parser.add_argument("--weights", nargs="+", required=True, metavar="MODEL=FILE")
-    parser.add_argument("--policies", type=int, default=Spending().policies, help="of a target")
-    parser.add_argument("--validation", type=int, default=Spending().validation, help="images that score a policy")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--work", required=True, type=Path, help="folder of a file a cell")
     parser.add_argument("--judge", choices=("development", "test"), help="images that judge what was found")

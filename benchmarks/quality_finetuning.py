@@ -38,17 +38,19 @@ def main() -> None:
     for seed, model, searcher in itertools.product(arguments.seeds, inputs.weights, arguments.searchers):
         path = arguments.work / f"{model}_{searcher}_{seed}.json"
         if path.is_file():
-            cell = cell_of(load_json(path), inputs)
-            rows.append(finetuned(path, cell, arguments.targets, Recipe(**settings), inputs.test))
+            found = load_json(path)
+            cell = cell_of(found, inputs)
+            rows.append(finetuned(path, found, cell, arguments.targets, Recipe(**settings), inputs.test))
             print(path.stem, *(f"{name} {100 * row['top1']:.2f}" for name, row in rows[-1]["measured"].items()))
     if not rows:
         parser.error(f"{arguments.work} holds no such cells; make them with benchmarks.search_quality")
     conclude(arguments, rows, arguments.targets, {"recipe": {**settings, "images": len(cell.splits.train)}})
 
 
-def finetuned(path: Path, cell: Cell, targets: list[float], recipe: Recipe, test: ImageData | None) -> dict[str, Any]:
+def finetuned(
+    path: Path, found: dict[str, Any], cell: Cell, targets: list[float], recipe: Recipe, test: ImageData | None
+) -> dict[str, Any]:
     """The evaluation after fine-tuning of what a cell picked; on the development split without test images."""
-    found = load_json(path)
     cell.criterion = found["criterion"]
     measured = {}
     for name in (f"{target:.2f}" for target in targets):

@@ -56,6 +56,8 @@ from cacp.schema import Budget, UserError
 
 def main() -> None:
     parser = cell_arguments(__doc__)
+    parser.add_argument("--policies", type=int, default=Spending().policies, help="of a target")
+    parser.add_argument("--validation", type=int, default=Spending().validation, help="images that score a policy")
     parser.add_argument("--searchers", nargs="+", default=list(RIVALS), choices=SEARCHERS)
     arguments = parser.parse_args()
     if (arguments.judge is None) != (arguments.result is None):

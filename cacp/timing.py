@@ -14,9 +14,8 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -28,7 +27,7 @@ from cacp.checkpoint import load_json
 from cacp.cost import CostModel
 from cacp.evaluation import device_of, synchroniser
 from cacp.graph import traced
-from cacp.latency import MULTIPLE, NOTABLE, in_eights, rounds_within, torch_runner
+from cacp.latency import MULTIPLE, NOTABLE, in_eights, measure_latencies, rounds_within, torch_runner
 from cacp.latency_table import COEFFICIENTS, REMEDY, WHOLE, Checked, LatencyTable, Term, layer_terms, ranges, with_times
 from cacp.parsing import shortened
 from cacp.schema import PS_PER_MS, Axis, ChannelGroups, Policy, UserError
@@ -37,7 +36,6 @@ from cacp.slicing import slice_model
 LEVELS = 10  # mean keep ratios of the networks that the table is fitted to, from the least to 1
 SPREAD = 0.3  # their groups differ from the mean by at most this, so that inputs and outputs are told apart
 CHECKED = (0.3, 0.5, 0.7)  # keep ratios of the networks that check it: uniform, and at random around these
-_Sample = TypeVar("_Sample")
 
 
 class Clock(Protocol):
@@ -63,17 +61,12 @@ class DeviceClock:
         ]
 
     def networks(self, models: Sequence[nn.Module], images: Tensor) -> list[float]:
-        samples = _in_turn([partial(_milliseconds, torch_runner(model)(images)) for model in models])
-        return [statistics.median(series) for series in zip(*samples, strict=True)]
+        runners = {"torch": {str(number): torch_runner(model) for number, model in enumerate(models)}}
+        times = measure_latencies(runners, images.shape[1:], len(images))["torch"]
+        return [one.median_ms for one in times.values()]
 
 
-def _milliseconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return 1000 * (time.perf_counter() - start)
-
-
-def _in_turn(runs: Sequence[Callable[[], _Sample]]) -> list[list[_Sample]]:
+def _in_turn(runs: Sequence[Callable[[], dict[str, float]]]) -> list[list[dict[str, float]]]:
     """Samples of all, round by round; the first two rounds, which warm up, are left out."""
     for _ in range(2):
         start = time.perf_counter()

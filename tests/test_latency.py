@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 from conftest import keep_all, tiny_cnn
@@ -68,21 +72,27 @@ def test_only_what_was_measured_is_said() -> None:
     assert explained((10, 9, 0.5, 2), (1, 0.5, 0.05, 0.5)).endswith("explains it")  # in eights already
 
 
-@pytest.mark.parametrize(("dense_ms", "looked_into"), [(2.0, ["torch, batch 1", "torch, batch 64"]), (9.0, [])])
-def test_a_model_that_gains_what_its_macs_promise_is_not_looked_into(
-    monkeypatch: pytest.MonkeyPatch, dense_ms: float, looked_into: list[str]
-) -> None:
+def reported(monkeypatch: pytest.MonkeyPatch, dense_ms: Iterator[float]) -> tuple[dict[str, Any], list[list[str]]]:
+    """The report on a model of 1.5 ms, with the dense one's times one after another, and what was timed each time."""
     timed = []
 
     def measured(runners: dict, shape: object, batch: int) -> dict[str, dict[str, Latency]]:
         timed.append(list(runners["torch"]))
-        return {"torch": {name: around(dense_ms if name == "dense" else 1.5) for name in runners["torch"]}}
+        slow = next(dense_ms)
+        return {"torch": {name: around(slow if name == "dense" else 1.5) for name in runners["torch"]}}
 
     monkeypatch.setattr(latency, "measure_latencies", measured)
     model = tiny_cnn().eval()
     groups = trace(model, torch.zeros(1, 1, 8, 8))
     counts = {group.name: group.channels // 2 for group in groups.prunable}
-    report = LatencyBench(model, groups, (1, 8, 8)).report(model, counts, "not among --forms")
+    return LatencyBench(model, groups, (1, 8, 8)).report(model, counts, "not among --forms"), timed
+
+
+@pytest.mark.parametrize(("dense_ms", "looked_into"), [(2.0, ["torch, batch 1", "torch, batch 64"]), (9.0, [])])
+def test_a_model_that_gains_what_its_macs_promise_is_not_looked_into(
+    monkeypatch: pytest.MonkeyPatch, dense_ms: float, looked_into: list[str]
+) -> None:
+    report, timed = reported(monkeypatch, itertools.repeat(dense_ms))
     assert list(report["latency_why"]) == looked_into
     assert timed[2:] == [["dense", "pruned", "narrowest", "in eights"]] * len(looked_into)
     assert report["latency_ms"]["batch 64"]["dense"]["median"] == dense_ms
@@ -92,17 +102,7 @@ def test_a_model_that_gains_what_its_macs_promise_is_not_looked_into(
 
 
 def test_a_model_that_is_fast_at_the_second_look_needs_no_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    dense_ms = iter([2.0, 2.0, 9.0, 2.0])  # batches 1 and 64, then both again
-
-    def measured(runners: dict, shape: object, batch: int) -> dict[str, dict[str, Latency]]:
-        slow = next(dense_ms)
-        return {"torch": {name: around(slow if name == "dense" else 1.5) for name in runners["torch"]}}
-
-    monkeypatch.setattr(latency, "measure_latencies", measured)
-    model = tiny_cnn().eval()
-    groups = trace(model, torch.zeros(1, 1, 8, 8))
-    counts = {group.name: group.channels // 2 for group in groups.prunable}
-    report = LatencyBench(model, groups, (1, 8, 8)).report(model, counts, "not among --forms")
+    report, _ = reported(monkeypatch, iter([2.0, 2.0, 9.0, 2.0]))  # batches 1 and 64, then both again
     assert list(report["latency_why"]) == ["torch, batch 64"]
     assert [report["latency_ms"][f"batch {batch}"]["dense"]["median"] for batch in (1, 64)] == [9.0, 2.0]
 
