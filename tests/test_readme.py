@@ -1,9 +1,14 @@
-"""README's Python runs, and its tree is the real one."""
+"""README's Python runs, its tree is the real one, and its figures of searches are those in results/."""
 
 import re
 from pathlib import Path
 
+import pytest
 import torch
+from scipy import stats
+
+from benchmarks.quality_table import tables
+from cacp.checkpoint import load_json
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -42,3 +47,119 @@ def test_the_tree_names_files_that_exist_and_all_of_them() -> None:
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "cacp").glob("*.py") if path.name != "__init__.py"}
     entries = {path.name for path in ROOT.glob("*.py")}
     assert modules | entries <= named
+
+
+RESULTS = ROOT / "results"
+WORDS = " ".join(README.split())
+SEARCHERS = {
+    "**ours**, one search for all five": "cacp",
+    "the same agent, a search a target (AMC)": "amc",
+    "sensitivity and bisection (FastNAS)": "sensitivity",
+    "NSGA-II (Optuna)": "nsga2",
+    "CMA-ES (Optuna)": "cma",
+    "random, fresh batch norm (EagleEye)": "random",
+    "uniform": "uniform",
+    "CACP as published": "published",
+    "one global Taylor threshold": "taylor",
+}
+SUMMARY = {
+    "**CACP, one search for all**": "cacp",
+    "the same agent, a search a target (AMC)": "amc",
+    "FastNAS's sensitivity": "sensitivity",
+    "CMA-ES": "cma",
+    "best of 100 random policies a target": "random",
+    "uniform": "uniform",
+    "CACP as published": "published",
+    "one global Taylor threshold": "taylor",
+}
+SCORES = {
+    "top-1, stale batch norm": "stale top1 2000",
+    "top-1": "fresh top1 2000",
+    "loss": "fresh loss 2000",
+    "loss, 1,000 images": "fresh loss 1000",
+    "**mean probability of the true class**": "fresh probability 2000",
+    "agreement with the dense network's answers": "fresh agreement 2000",
+    "top-1, repaired by least squares": "repaired top1 2000",
+    "loss, repaired by least squares": "repaired loss 2000",
+    "mean probability, repaired by least squares": "repaired probability 2000",
+}
+
+
+def rows_under(header: str) -> list[list[str]]:
+    """The cells of the one table whose header begins so."""
+    (table,) = re.findall(rf"^\| ?{re.escape(header)}.*\n\|[-|]+\n((?:\|.*\n)+)", README, re.MULTILINE)
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+
+
+def percent(value: dict[str, float]) -> str:
+    return f"{100 * value['mean']:.2f} ± {100 * value['standard_error']:.2f}"
+
+
+@pytest.mark.parametrize(
+    ("header", "file", "model"),
+    [
+        ("ResNet-56 |", "search_quality", "resnet56"),
+        ("ResNet-20 |", "search_quality", "resnet20"),
+        ("ResNet-20, 43 policies x 3,000 images |", "search_quality_more_images", "resnet20"),
+    ],
+)
+def test_the_tables_of_searchers_follow_from_their_cells(header: str, file: str, model: str) -> None:
+    result = load_json(RESULTS / f"{file}.json")
+    found = tables(result["cells"], result["targets"])[model]["top1"]
+    expected = []
+    for name in sorted(
+        (name for name in found if "mean" in found[name]), key=lambda name: -found[name]["mean"]["mean"]
+    ):
+        summary = found[name]
+        ours = summary["mean"]["ours_minus_it"]
+        ahead = "" if name == "cacp" else f"{'+' * (ours['mean'] > 0)}{percent(ours)}"
+        expected.append([name, *(percent(summary[f"{target:.2f}"]) for target in result["targets"])])
+        expected[-1] += [percent(summary["mean"]), ahead]
+    assert [[SEARCHERS[label], *cells] for label, *cells in rows_under(header)] == expected
+
+
+def test_the_first_table_is_of_the_same_means() -> None:
+    found = load_json(RESULTS / "search_quality.json")["models"]["resnet56"]["top1"]
+    finetuned = load_json(RESULTS / "quality_finetuning.json")["models"]["resnet56"]["top1"]["cacp"]
+    *rows, last = rows_under("ResNet-56 on CIFAR-10")
+    assert last[1:] == ["", *(f"{100 * finetuned[target]['mean']:.2f}" for target in ("0.50", "0.30"))]
+    for label, *cells in rows:
+        means = [f"{100 * found[SUMMARY[label]][target]['mean']:.2f}" for target in ("0.70", "0.50", "0.30")]
+        assert [cell.strip("*") for cell in cells] == means, label
+
+
+@pytest.mark.parametrize(("model", "label"), [("resnet56", "ResNet-56"), ("resnet20", "ResNet-20")])
+def test_what_is_asked_for_is_at_least_as_good_as_a_random_search_there(model: str, label: str) -> None:
+    found = load_json(RESULTS / "search_quality.json")["models"][model]["top1"]
+    asked, drawn = (
+        [100 * found[name][target]["mean"] for target in ("0.35", "0.45", "0.55", "0.65")]
+        for name in ("cacp", "random-between")
+    )
+    assert all(one >= other for one, other in zip(asked, drawn, strict=True))
+    figures, others = (", ".join(f"{value:.2f}" for value in values) for values in (asked, drawn))
+    assert f"{label} {figures} against {others}" in WORDS
+
+
+def test_figures_after_fine_tuning_are_the_measured_ones() -> None:
+    winners = load_json(RESULTS / "quality_finetuning.json")["models"]["resnet56"]["top1"]
+    for label, name in (("ours", "cacp"), ("sensitivity",) * 2, ("CMA-ES", "cma"), ("uniform",) * 2):
+        low, high = (100 * winners[name][target]["mean"] for target in ("0.30", "0.50"))
+        assert f"{label} {low:.2f} and {high:.2f}" in WORDS
+    rewards = load_json(RESULTS / "rewards_finetuned.json")["models"]["resnet20"]["top1"]
+    for name in ("cacp", "by-loss", "by-top1"):
+        assert f"{percent(rewards[name]['0.30'])} and {percent(rewards[name]['0.50'])}" in WORDS
+
+
+def test_the_correlations_of_scores_are_the_measured_ones() -> None:
+    result = load_json(RESULTS / "score_quality.json")
+    for label, *cells in rows_under("| macs 0.3 | macs 0.5 |"):
+        way = SCORES[label]
+        network = "repaired" if "repaired" in way else "fresh"
+        for cell, target in zip(cells, (0.3, 0.5), strict=True):
+            rows = [row for row in result["policies"] if row["target"] == target]
+            after = [row[f"after_{network}"]["top1"] for row in rows]
+            correlation = stats.spearmanr([row["scores"][way] for row in rows], after)[0]
+            number, low, high = (float(word) for word in re.findall(r"-?\d\.\d\d", cell))
+            assert f"{number:.2f}" == f"{correlation:.2f}", (label, target)
+            interval = result["targets"][f"{target:.2f}"]["ways"][way]["spearman_interval"]
+            assert [low, high] == pytest.approx(interval, abs=0.0055), (label, target)
