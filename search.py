@@ -215,8 +215,9 @@ def show_doubts(experiment: Experiment, record: PolicyRecord, front: Sequence[Ca
         )
     best = [one for one in front if one.score.cost.macs <= record.score.cost.macs][-1]
     if best.score.probability > record.search_score.probability:
+        which = f"episode {best.episode}" if best.episode else "another planned policy"
         console.print(
-            f"note: episode {best.episode} scored higher with less, macs {best.score.cost.macs / dense.macs:.3f}: see "
+            f"note: {which} scored higher with less, macs {best.score.cost.macs / dense.macs:.3f}: see "
             f"{experiment.folder / 'search' / 'tradeoff.csv'}"
         )
 

@@ -21,9 +21,12 @@ import cacp
 from benchmarks import fewer_images
 from cacp import pipeline
 from cacp.config import experiment_from, parse
+from cacp.experiment import Experiment
+from cacp.history import Candidate
 from cacp.locking import HOLDER, LOCK
 from cacp.models import build_model
-from cacp.schema import PolicyRecord, UserError
+from cacp.schema import Budget, Cost, Policy, PolicyRecord, Score, UserError
+from search import show_doubts
 
 
 def test_every_policy_meets_its_budget(finished: Path) -> None:
@@ -149,6 +152,22 @@ def test_the_agent_answers_a_target_it_never_saw(call: Call, finished: Path, tmp
         known.append(asked)
         beaten = {one for one in known for other in known if one != other and other[0] <= one[0] and other[1] >= one[1]}
         assert front == sorted(set(known) - beaten)
+    assert "no policy meets macs 0.05 (reachable: " in call("search", "--ask=0.05", "--output", folder, status=2)
+    assert not (folder / "policies" / "macs-0.05.json").exists()
+
+
+@pytest.mark.parametrize(("episode", "text"), [(7, "episode 7"), (0, "another planned policy")])
+def test_a_better_and_cheaper_policy_than_the_asked_one_is_named(
+    episode: int, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dense = Cost(1000, 1000)
+    better, asked = (Score(0.8, 0.5, probability, Cost(macs, 400)) for probability, macs in ((0.7, 430), (0.6, 450)))
+    record = PolicyRecord(
+        Policy({"conv": (0,)}, "l1"), Budget({"macs": 0.45}), asked, asked, method="search cacp", episode=0
+    )
+    front = [Candidate((1,), better, episode)]
+    show_doubts(Experiment(output=str(tmp_path), targets=[0.3, 0.7]), record, front, dense)
+    assert f"note: {text} scored higher with less, macs 0.430" in " ".join(capsys.readouterr().out.split())
 
 
 def test_what_was_never_searched_by_cacp_cannot_be_asked(call: Call, finished: Path, tmp_path: Path) -> None:
