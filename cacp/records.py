@@ -131,8 +131,8 @@ class Records:
             if checkpoint:
                 tensors, data = self._agent.state()
                 save_state(self._folder / "checkpoint", tensors, {"episode": end.episode, "agent": data})
-            bests = (f"{name} {100 * row.top1:.1f} %" for name, row in sorted(self._history.leaders.items()))
-            self._progress.advance("best top-1: " + ", ".join(bests))
+            bests = ", ".join(f"{name} {100 * row.top1:.1f} %" for name, row in sorted(self._history.leaders.items()))
+            self._progress.advance(f"best top-1: {bests}" if bests else "")
 
     def _log(self, episode: Episode, figures: bool) -> None:
         leaders, names, channels = self._history.leaders, self._cost_model.names, self._cost_model.channels.tolist()

@@ -73,7 +73,8 @@ class ProgressLine:
         self._bar.status = status
         self._bar.update(self._task, advance=1, ends=now + left)
         if not console.is_terminal and (steps in (1, 10) or self._done % share == 0 or self._done == self._total):
-            console.print(f"{self._title} {self._done}/{self._total} {status}, {duration(left)} left", soft_wrap=True)
+            shown = f"{status}, {duration(left)} left" if status else f"{duration(left)} left"
+            console.print(f"{self._title} {self._done}/{self._total} {shown}", soft_wrap=True)
 
 
 class _Left(ProgressColumn):
