@@ -21,13 +21,13 @@ from cacp.cost import counted_cost
 from cacp.environment import environment
 from cacp.evaluation import Evaluation, device_of
 from cacp.experiment import Experiment
-from cacp.exporting import Architecture, save_pruned
+from cacp.exporting import Architecture, checksums, finished, save_pruned
 from cacp.latency import BATCHES, LatencyBench
 from cacp.latency_table import LatencyTable
 from cacp.locking import only_writer
 from cacp.pipeline import Workbench, build_workbench, check_run, load_exported, select_device
 from cacp.policies import load_policies, weights_path
-from cacp.reporting import console, millions, percent, show_files, show_latencies, table
+from cacp.reporting import console, percent, show_exports, show_files, show_latencies
 from cacp.schema import Cost, PolicyRecord, UserError
 from cacp.shipping import FILES, forms_of, ship, unshipped
 
@@ -68,7 +68,7 @@ def main() -> None:
         with only_writer(experiment.folder):
             export_all(experiment, records, folders)
     reports = {name: load_report(folder) for name, folder in folders.items()}
-    show_reports(reports, experiment.folder)
+    show_exports(reports, experiment.folder)
     show_latencies(reports, experiment.folder)
     console.print(f"next: bash scripts/finetune.sh {experiment.folder}")
 
@@ -91,9 +91,8 @@ def export_all(experiment: Experiment, records: Sequence[PolicyRecord], folders:
 
 
 def finished_report(folder: Path, record: PolicyRecord) -> dict[str, Any]:
-    """The report of a folder that holds the export of exactly this policy; else empty."""
-    path = folder / "report.json"
-    report: dict[str, Any] = load_json(path, {"policy": {}}) if path.is_file() else {}
+    """The report of a folder that holds the export of exactly this policy, whole; else empty."""
+    report = finished(folder, "report.json")
     return report if report.get("policy") == record.to_json() else {}
 
 
@@ -166,6 +165,7 @@ def export(bench: Workbench, experiment: Experiment, record: PolicyRecord, folde
         "score_at_search": record.score.to_json(),
         "score_at_export": evaluation._asdict(),
         "bit_equal_after_loading": True,
+        "sha256": checksums(folder),
         "environment": environment(bench.seed),
     }
 
@@ -230,20 +230,6 @@ def check_parity(sliced: nn.Module, loaded: nn.Module, bench: Workbench) -> None
 
 def _size(folder: Path) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in load_tensors(folder / "model.safetensors").values())
-
-
-def show_reports(reports: dict[str, dict[str, Any]], folder: Path) -> None:
-    columns = ["model", "MACs", "of dense", "params", "top-1, %"]
-    rows: list[list[str]] = []
-    for name, report in reports.items():
-        dense, pruned = report["dense"], report["pruned"]
-        if not rows:
-            macs, params = millions(dense["macs"]), millions(dense["params"])
-            rows.append(["dense", macs, "1.000", params, percent(dense["holdout_top1"])])
-        share = f"{pruned['macs'] / dense['macs']:.3f}"
-        top1 = percent(report["score_at_export"]["top1"])
-        rows.append([name, millions(pruned["macs"]), share, millions(pruned["params"]), top1])
-    console.print(table(f"exported models of {folder}, before fine-tuning", columns, rows))
 
 
 if __name__ == "__main__":

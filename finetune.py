@@ -24,7 +24,7 @@ from cacp.dense import DenseModel, load_dense
 from cacp.environment import environment
 from cacp.evaluation import device_of, evaluate_data
 from cacp.experiment import Experiment
-from cacp.exporting import WEIGHTS, load_architecture, save_pruned
+from cacp.exporting import WEIGHTS, checksums, finished, load_architecture, save_pruned
 from cacp.locking import only_writer
 from cacp.pipeline import check_run, load_exported, load_images, load_splits, select_device, training_recipe
 from cacp.policies import load_policies
@@ -51,18 +51,18 @@ def main() -> None:
     experiment = experiment_from(parse("finetune", __doc__, sys.argv[1:], run_argument=True))
     device = select_device(experiment.device)
     exports = [experiment.folder / "export" / record.budget.name for record in load_policies(experiment.folder)]
-    missing = [export.name for export in exports if not (export / "report.json").is_file()]
+    missing = [export.name for export in exports if not finished(export, "report.json")]
     if missing:
-        raise UserError(f"not exported yet: {', '.join(missing)}; run export.py {experiment.folder} first")
+        raise UserError(
+            f"not exported yet, or not whole: {', '.join(missing)}; run export.py {experiment.folder} first"
+        )
     folders = {export.name: experiment.folder / "finetune" / export.name for export in exports}
     check_run(experiment)
     recipe = training_recipe(
         experiment, experiment.finetune_epochs, experiment.finetune_lr, experiment.finetune_schedule
     )
-    finished = all(
-        is_done(folders[one.name], one, recipe) and is_shipped(experiment, folders[one.name]) for one in exports
-    )
-    if not finished or load_sweep(experiment.folder):
+    done = all(is_done(folders[one.name], one, recipe) and is_shipped(experiment, folders[one.name]) for one in exports)
+    if not done or load_sweep(experiment.folder):
         with only_writer(experiment.folder):
             finetune_all(experiment, recipe, exports, folders, device)
     show_results(
@@ -96,7 +96,7 @@ def source_of(export: Path, recipe: Recipe) -> dict[str, Any]:
 
 
 def is_done(folder: Path, export: Path, recipe: Recipe) -> bool:
-    """Whether the folder holds a finished fine-tuning of this export by this recipe.
+    """Whether the folder holds a finished fine-tuning of this export by this recipe, whole.
 
     Raises:
         UserError: if it holds one, begun or finished, of another export or by another recipe.
@@ -110,7 +110,7 @@ def is_done(folder: Path, export: Path, recipe: Recipe) -> bool:
             + "\n  ".join(different)
             + f"\nuse the same settings, or move {folder} away (or delete it), then run again"
         )
-    return (folder / "result.json").is_file()
+    return bool(finished(folder, "result.json"))
 
 
 def train(
@@ -159,6 +159,7 @@ def finish(
         ),
         "seconds": sum(record.seconds for record in records),
         "images_per_second": records[-1].images_per_second,
+        "sha256": checksums(folder),
         "recipe": asdict(recipe),
         "environment": environment(experiment.seed),
     }

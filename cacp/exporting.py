@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cacp.checkpoint import load_json, save_json, save_tensors
+from cacp.checkpoint import load_json, save_json, save_tensors, sha256
 from cacp.evaluation import device_of
 from cacp.graph import trace
 from cacp.models import build_model
@@ -122,6 +122,28 @@ def save_pruned(folder: str | Path, model: nn.Module, architecture: Architecture
     """Write a sliced model; architecture.json last, so that a folder with it is complete."""
     save_tensors(Path(folder) / WEIGHTS, model.state_dict())
     save_json(Path(folder) / ARCHITECTURE, architecture.to_json())
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 of the files of a saved model, by name.
+
+    Raises:
+        UserError: if one is missing.
+    """
+    return {name: sha256(folder / name) for name in (ARCHITECTURE, WEIGHTS)}
+
+
+def finished(folder: Path, record: str) -> dict[str, Any]:
+    """What a file of a folder (report.json, result.json) says of the model beside it, which it names by its `sha256`;
+    empty where either is missing, damaged or another one, so that the command which made them makes them again. One of
+    an older version, which names none, is taken as it is.
+    """
+    try:
+        found: dict[str, Any] = load_json(folder / record, {})
+        there = checksums(folder)
+    except UserError:
+        return {}
+    return found if found.get("sha256", there) == there else {}
 
 
 def load_architecture(folder: str | Path) -> Architecture:

@@ -265,6 +265,21 @@ def show_policies(folder: Path, names: Sequence[str]) -> None:
     console.print(table(title, columns, rows))
 
 
+def show_exports(reports: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
+    """A table of exported models, by their reports, the dense one first."""
+    columns = ["model", "MACs", "of dense", "params", "top-1, %"]
+    rows: list[list[str]] = []
+    for name, report in reports.items():
+        dense, pruned = report["dense"], report["pruned"]
+        if not rows:
+            macs, params = millions(dense["macs"]), millions(dense["params"])
+            rows.append(["dense", macs, "1.000", params, percent(dense["holdout_top1"])])
+        share = f"{pruned['macs'] / dense['macs']:.3f}"
+        top1 = percent(report["score_at_export"]["top1"])
+        rows.append([name, millions(pruned["macs"]), share, millions(pruned["params"]), top1])
+    console.print(table(f"exported models of {folder}, before fine-tuning", columns, rows))
+
+
 def show_latencies(reports: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
     """A table of all latencies, a row a model and a batch, and what keeps models from what their MACs promise."""
     rows, reasons = [], []

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from cacp.checkpoint import write_atomically
+from cacp.checkpoint import sha256, write_atomically
 from cacp.exporting import Architecture, load_architecture
 from cacp.plain import plain_source
 from cacp.schema import UserError
@@ -47,8 +47,8 @@ def ship(folder: Path, model: nn.Module, forms: Sequence[str], done: Mapping[str
         done: what an earlier call returned for these weights; empty for new ones, whose old forms are removed.
 
     Returns:
-        For each form made now or earlier its `file` and the `largest_difference` of its outputs from the model's, or
-        why it is `missing`, and with which `versions` of the packages.
+        For each form made now or earlier its `file`, that one's `bytes` and `sha256`, and the `largest_difference` of
+        its outputs from the model's; or why it is `missing`, and with which `versions` of the packages.
     """
     shipping = _Shipping(folder, model, load_architecture(folder))
     result = {form: done[form] for form in FORMS if form in done}
@@ -67,12 +67,16 @@ def forms_of(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def unshipped(folder: Path, forms: Sequence[str], done: Mapping[str, Any]) -> list[str]:
-    """The forms that are not there; one that failed counts as done until a package has another version."""
+    """The forms that are not there, or no longer as they were written; one that failed counts as done until a package
+    has another version.
+    """
     return [form for form in forms if not _is_done(folder / FILES[form], done.get(form, {}))]
 
 
 def _is_done(file: Path, record: Mapping[str, Any]) -> bool:
-    return record.get("versions") == versions() if "missing" in record else bool(record) and file.is_file()
+    if "missing" in record:
+        return record.get("versions") == versions()
+    return bool(record) and file.is_file() and record.get("sha256", "") in ("", sha256(file))  # an older one has none
 
 
 def versions() -> dict[str, str]:
@@ -105,7 +109,8 @@ class _Shipping:
         except Exception as error:  # exporters raise whatever an operator made them raise
             path.unlink(missing_ok=True)
             return {"missing": reason(error), "versions": versions()}
-        return {"file": path.name, "largest_difference": difference, "bytes": path.stat().st_size}
+        written = {"file": path.name, "largest_difference": difference, "bytes": path.stat().st_size}
+        return {**written, "sha256": sha256(path)}
 
     def _python(self, path: Path) -> Callable[[Tensor], Tensor]:
         one = self.architecture

@@ -116,6 +116,20 @@ def test_an_older_export_and_fine_tuning_get_the_forms_they_lack(call: Call, fin
     assert (folder / "finetune" / "macs-0.30" / "model.py").read_text() == (tmp_path / "model.py").read_text()
 
 
+def test_a_model_that_is_damaged_after_its_command_is_made_again(call: Call, finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(finished, folder)
+    paths = [folder / stage / "macs-0.50" / "model.safetensors" for stage in ("export", "finetune")]
+    before = [path.read_bytes() for path in paths]
+    for path, content in zip(paths, before, strict=True):
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert "not exported yet, or not whole: macs-0.50; run export.py" in call("finetune", folder, status=2)
+    assert "macs-0.50: model.safetensors" in " ".join(call("export", folder).split())
+    assert paths[0].read_bytes() == before[0]
+    call("finetune", folder)
+    assert paths[1].read_bytes() == before[1]
+
+
 @pytest.mark.slow
 def test_all_forms_are_written_and_timed_by_export_and_written_by_finetune(
     call: Call, finished: Path, tmp_path: Path

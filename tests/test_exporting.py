@@ -11,9 +11,10 @@ import torch
 from conftest import Net, policy_counts, random_policy, resnet20
 from torch import nn
 
+from cacp.checkpoint import save_json
 from cacp.cost import CostModel
 from cacp.evaluation import device_of
-from cacp.exporting import Architecture, load_architecture, load_pruned, save_pruned
+from cacp.exporting import Architecture, checksums, finished, load_architecture, load_pruned, save_pruned
 from cacp.graph import trace
 from cacp.schema import Normalisation, UserError
 from cacp.slicing import slice_model
@@ -167,6 +168,22 @@ def test_damaged_and_missing_files_are_named(tmp_path: Path, file: str, bytes_: 
     (tmp_path / file).unlink()
     with pytest.raises(UserError, match=file.replace(".", r"\.") + ".* does not exist"):
         load_pruned(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["architecture.json", "model.safetensors", "report.json"])
+def test_what_is_no_longer_the_model_of_its_report_is_to_be_made_again(tmp_path: Path, file: str) -> None:
+    exported(tmp_path, resnet20(), "inner")
+    older: dict[str, object] = {"policy": {}}
+    report = {**older, "sha256": checksums(tmp_path)}
+    for said in (older, report):
+        save_json(tmp_path / "report.json", said)
+        assert finished(tmp_path, "report.json") == said
+    whole = (tmp_path / file).read_bytes()
+    for content in (whole[: len(whole) // 2], whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:]):
+        (tmp_path / file).write_bytes(content)
+        assert finished(tmp_path, "report.json") == {}
+    (tmp_path / file).unlink()
+    assert finished(tmp_path, "report.json") == {}
 
 
 @pytest.mark.gpu

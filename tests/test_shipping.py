@@ -175,5 +175,10 @@ def test_only_what_is_lacking_is_written(tmp_path: Path) -> None:
     assert ship(tmp_path, load_pruned(tmp_path), ("python",), forms) == forms
     assert (tmp_path / "model.py").stat().st_mtime_ns == before
     assert unshipped(tmp_path, FORMS, forms) == ["onnx", "pt2"]
+    whole = (tmp_path / "model.py").read_bytes()
+    (tmp_path / "model.py").write_bytes(whole[:-1])
+    assert unshipped(tmp_path, ("python",), forms) == ["python"]
+    older = {"python": {key: value for key, value in forms["python"].items() if key != "sha256"}}
+    assert unshipped(tmp_path, ("python",), older) == []
     (tmp_path / "model.py").unlink()
     assert unshipped(tmp_path, ("python",), forms) == ["python"]
