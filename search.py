@@ -84,8 +84,9 @@ def search(experiment: Experiment, ranked: Ranked, budgets: list[Budget], profil
     env = ChannelPruningEnv(bench.groups, ranked.score, log_odds_reward, env_targets(experiment))
     targets = [budget.mean_target for budget in budgets]
     agent = make_agent(experiment.agent, env, targets, experiment.seed, experiment.warmup_episodes)
-    finished = env.episodes_started = resume(folder, agent, experiment.episodes)
-    history = History(folder / "episodes.csv", bench.cost_model.dense, budgets, finished)
+    finished = resume(folder, agent, experiment.episodes)
+    env.episodes_started = finished.episodes
+    history = History(folder / "episodes.csv", bench.cost_model.dense, budgets, *finished)
     ranked.recall(history.episodes, folder / "episodes.csv")
     with profile.phase("environment and actions"):
         play(folder, experiment.episodes, bench.groups, agent, history, profile, experiment.search_settings)

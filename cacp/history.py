@@ -6,6 +6,7 @@ The file is the truth: a resumed search reads it back, up to the episode of its 
 from __future__ import annotations
 
 import csv
+import hashlib
 import math
 import os
 from collections.abc import Iterable, Sequence
@@ -81,20 +82,29 @@ class History:
         dense: cost of the dense model.
         budgets: whose best policies are kept.
         finished: how many rows of an existing file to keep; later ones belong to episodes that will be played again.
+        checksum: of these rows, where it is known.
 
     Raises:
-        UserError: if the file holds fewer rows, or no such rows.
+        UserError: if the file holds fewer rows, no such rows, or others than the checksum is of.
     """
 
-    def __init__(self, path: Path, dense: Cost, budgets: Sequence[Budget], finished: int = 0) -> None:
+    def __init__(
+        self, path: Path, dense: Cost, budgets: Sequence[Budget], finished: int = 0, checksum: str = ""
+    ) -> None:
         self._path = path
         self._dense = dense
         self._budgets = {budget.name: budget for budget in budgets}
         self._candidates: dict[str, dict[tuple[int, ...], Episode]] = {name: {} for name in self._budgets}
         self.leaders: dict[str, Episode] = {}  # budget name -> its best episode so far
         self.episodes: list[Episode] = []
+        self._digest = hashlib.sha256()
         for episode in _read(path, finished) if finished else []:
             self._take(episode)
+        if checksum and checksum != self.checksum:
+            raise UserError(
+                f"{path} was altered: its first {finished} episodes are not those of the checkpoint beside it; restore "
+                "it or use another --output"
+            )
         save_csv(path, [columns(dense), *(episode.row() for episode in self.episodes)])
 
     def append(self, episode: Episode) -> None:
@@ -104,6 +114,11 @@ class History:
             csv.writer(file).writerow(episode.row())
             file.flush()
             os.fsync(file.fileno())  # a checkpoint must not survive a power cut that its episodes do not
+
+    @property
+    def checksum(self) -> str:
+        """SHA-256 of all rows but the seconds, which differ from run to run."""
+        return self._digest.hexdigest()
 
     def best(self, budget: Budget, most: int) -> list[Episode]:
         """The best different policies of a budget, by the probability of the true class."""
@@ -120,6 +135,7 @@ class History:
 
     def _take(self, episode: Episode) -> None:
         self.episodes.append(episode)
+        self._digest.update(",".join([*episode._replace(seconds=0.0).row(), "\n"]).encode())
         for name, budget in self._budgets.items():
             own = budget.mean_target == episode.target  # used up as far as the channel grain allows
             if not in_window(episode.cost, self._dense, budget) and not (

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from stable_baselines3.common.logger import Logger
 
@@ -34,19 +34,27 @@ from envs import EpisodeResult
 CHECKPOINT_EPISODES = 10  # a kill loses at most so many episodes
 
 
-def resume(folder: Path, agent: Searcher, episodes: int) -> int:
-    """How many episodes the checkpoint of a search has finished, after which the agent goes on; 0 without one.
+class Finished(NamedTuple):
+    """How many episodes a checkpoint has finished, and the checksum of their rows in episodes.csv."""
+
+    episodes: int = 0
+    checksum: str = ""
+
+
+def resume(folder: Path, agent: Searcher, episodes: int) -> Finished:
+    """What the checkpoint of a search has finished, after which the agent goes on; nothing without one.
 
     Raises:
         UserError: for a checkpoint that is damaged, or not of this search.
     """
     saved = load_state(folder / "checkpoint")
     if saved is None:
-        return 0
+        return Finished()
     try:
         finished = saved.data["episode"]
         if not isinstance(finished, int) or not 0 < finished <= episodes:
             raise ValueError(f"episode {finished!r:.80} of {episodes}")
+        checksum = saved.data.get("episodes_sha256", "")  # an older one has none
         agent.load_state(saved.tensors, saved.data["agent"])
     except UNFIT as error:
         raise UserError(
@@ -54,7 +62,7 @@ def resume(folder: Path, agent: Searcher, episodes: int) -> int:
             f"delete {folder} to search again"
         ) from error
     console.print(f"going on after episode {finished} of {episodes}")
-    return finished
+    return Finished(finished, checksum)
 
 
 def play(
@@ -130,7 +138,8 @@ class Records:
             self._log(episode, figures=checkpoint)  # before the checkpoint: a resumed search drops what comes after it
             if checkpoint:
                 tensors, data = self._agent.state()
-                save_state(self._folder / "checkpoint", tensors, {"episode": end.episode, "agent": data})
+                state = {"episode": end.episode, "episodes_sha256": self._history.checksum, "agent": data}
+                save_state(self._folder / "checkpoint", tensors, state)
             bests = ", ".join(f"{name} {100 * row.top1:.1f} %" for name, row in sorted(self._history.leaders.items()))
             self._progress.advance(f"best top-1: {bests}" if bests else "")
 

@@ -121,6 +121,24 @@ def test_a_damaged_file_is_named_with_a_remedy(tmp_path: Path, damage: object, t
     assert "restore it or use another --output" in str(caught.value)
 
 
+def test_a_digit_that_was_altered_is_noticed_but_the_time_may_differ(tmp_path: Path) -> None:
+    path = tmp_path / "episodes.csv"
+    history = History(path, DENSE, BUDGETS)
+    for number in (1, 2):
+        history.append(episode(number))
+    checksum = history.checksum
+    history.append(episode(3))
+    text = path.read_text()
+    path.write_text(text.replace("0.25", "7.5"))
+    assert History(path, DENSE, BUDGETS, 2, checksum).checksum == checksum
+    for one in ("1.0", "500", "best", "3-4"):
+        altered = text.replace(one, {"1.0": "1.1", "500": "501", "best": "bert", "3-4": "3-5"}[one], 1)
+        path.write_text(altered)
+        with pytest.raises(UserError, match=r"episodes\.csv was altered: its first 2 episodes are not those"):
+            History(path, DENSE, BUDGETS, 2, checksum)
+        assert path.read_text() == altered  # for whoever wants to restore it
+
+
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read: FileNotFoundError"):
         History(tmp_path / "episodes.csv", DENSE, BUDGETS, finished=1)
