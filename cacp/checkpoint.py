@@ -278,7 +278,7 @@ def _read_checked(path: Path) -> SavedState:
     found = _checksum(tensors, metadata["data"])
     if found != metadata["sha256"]:
         raise ValueError(f"its checksum is {found}, but {metadata['sha256']} was written")
-    return SavedState(tensors, parse_json(metadata["data"]))
+    return SavedState(tensors, parse_json(metadata["data"], largest=math.inf))  # generators have numbers of 128 bits
 
 
 class PackedState(NamedTuple):

@@ -16,6 +16,7 @@ import yaml
 LARGEST_JSON = 2**23  # bytes; parsed, these become at most some hundred megabytes
 LARGEST_YAML = 2**15  # bytes: PyYAML takes seconds for these
 DEEPEST = 100  # levels
+LARGEST_NUMBER = 1e18  # of counts, times and costs; sums, products and percentages of such numbers are finite
 LONGEST_SETTING, LONGEST_LIST = 4096, 1000  # characters of a path; values
 _SHORT = Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
@@ -44,12 +45,13 @@ def read_text(path: Path, largest: int) -> str:
     return content.decode()
 
 
-def parse_json(text: str, shape: Any = None) -> Any:
+def parse_json(text: str, shape: Any = None, largest: float = LARGEST_NUMBER) -> Any:
     """Plain data from JSON.
 
     Args:
         text: at most LARGEST_JSON characters.
         shape: see `check_shape`.
+        largest: magnitude of a number.
 
     Raises:
         ValueError: for anything but finite, not too deep JSON of this shape.
@@ -63,7 +65,7 @@ def parse_json(text: str, shape: Any = None) -> Any:
         data = json.loads(text, parse_constant=_no_number, object_pairs_hook=_unique)
     except RecursionError as error:
         raise ValueError(f"it is nested deeper than {DEEPEST} levels") from error
-    _check_values(data)
+    _check_values(data, largest)
     check_shape(data, shape)
     return data
 
@@ -80,8 +82,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _check_values(data: Any) -> None:
-    """Refuse what is nested too deep, numbers that overflowed, and text that cannot be written."""
+def _check_values(data: Any, largest: float) -> None:
+    """Refuse what is nested too deep, numbers that are too large, and text that cannot be written."""
     waiting = [(data, 0)]
     while waiting:
         value, depth = waiting.pop()
@@ -93,7 +95,7 @@ def _check_values(data: Any) -> None:
             waiting += [(one, depth + 1) for one in value]
         elif isinstance(value, str):
             value.encode()  # a lone surrogate is an UnicodeEncodeError, which is a ValueError
-        elif isinstance(value, float) and not math.isfinite(value):
+        elif isinstance(value, int | float) and not (abs(value) <= largest and abs(value) != math.inf):
             raise ValueError("a number is too large")
 
 

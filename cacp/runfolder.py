@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from cacp import latency_table
 from cacp.experiment import Experiment
 from cacp.history import Episode
-from cacp.parsing import LARGEST_JSON, LARGEST_YAML, parse_json, parse_settings, read_text
+from cacp.parsing import LARGEST_JSON, LARGEST_NUMBER, LARGEST_YAML, parse_json, parse_settings, read_text
 from cacp.schema import Budget, PolicyRecord, UserError
 from cacp.sweep import SweepRow, load_sweep
 
@@ -90,7 +90,7 @@ class RunFolder:
                     return {"macs": round(macs), "params": round(params)}
         last = self.front[-1] if self.front else {}
         macs, kept = number(last, "macs"), number(last, "macs_kept")
-        return {"macs": round(macs / kept)} if macs and kept else {}
+        return {"macs": round(macs / kept)} if macs and kept and kept > 1e-9 else {}
 
     @property
     def budgets(self) -> list[Budget]:
@@ -126,7 +126,7 @@ def read_run(folder: Path) -> RunFolder:
     entries: Any = read(folder / "environment.json", _json, [])
     run.environments = [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
     run.dense = read.mapping(folder / "dense" / "result.json")
-    run.dense_epochs = read(folder / "dense" / "epochs.csv", _numbers, [])
+    run.dense_epochs = read(folder / "dense" / "epochs.csv", _epochs, [])
     run.latency = read.mapping(folder / latency_table.FILE)
     run.channels = read(folder / "dense" / "model.safetensors", _output_channels, {})
     run.dense_bytes = _sizes(folder / "dense").get("model.safetensors")
@@ -141,7 +141,7 @@ def read_run(folder: Path) -> RunFolder:
     ]
     run.models.sort(key=lambda model: (model.record.budget.mean_target, model.name))
     for path in sorted((folder / "method").glob("*/epochs.csv")):
-        run.method_epochs[path.parent.name] = read(path, _numbers, [])
+        run.method_epochs[path.parent.name] = read(path, _epochs, [])
     for path in sorted((folder / "unstructured").glob("*/result.json")):
         run.unstructured[path.parent.name] = read.mapping(path)
     run.sweep = read(folder / "sweep" / "sweep.csv", lambda path: load_sweep(folder), [])
@@ -159,7 +159,7 @@ def _model(read: _Reader, folder: Path, name: str, record: PolicyRecord) -> Prun
         exported=report,
         tuned=read.mapping(tuned / "result.json"),
         tuning=read.mapping(tuned / "source.json"),
-        epochs=read(tuned / "epochs.csv", _numbers, []),
+        epochs=read(tuned / "epochs.csv", _epochs, []),
         export_bytes=_sizes(export) if report else {},
         tuned_bytes=_sizes(tuned),
     )
@@ -202,7 +202,17 @@ def _experiment(settings: Mapping[str, Any], folder: Path) -> Experiment:
 
 def _numbers(path: Path) -> Rows:
     with path.open(newline="", encoding="utf-8") as file:
-        return [{str(key): float(cell) if cell else None for key, cell in row.items()} for row in csv.DictReader(file)]
+        rows = [{str(key): float(cell) if cell else None for key, cell in row.items()} for row in csv.DictReader(file)]
+    if not all(cell is None or abs(cell) <= LARGEST_NUMBER for row in rows for cell in row.values()):
+        raise ValueError(f"numbers must be finite and at most {LARGEST_NUMBER:g}")
+    return rows
+
+
+def _epochs(path: Path) -> Rows:
+    rows = _numbers(path)
+    if any(row.get("epoch") is None for row in rows):
+        raise ValueError("a row has no epoch")
+    return rows
 
 
 def _episodes(path: Path) -> list[Episode]:
@@ -214,7 +224,8 @@ def _episodes(path: Path) -> list[Episode]:
 def _output_channels(path: Path) -> dict[str, int]:
     with safe_open(path, framework="pt", device="cpu") as file:
         shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-    return {name.removesuffix(".weight"): shape[0] for name, shape in shapes.items() if name.endswith(".weight")}
+    weights = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if name.endswith(".weight")}
+    return {name: shape[0] for name, shape in weights.items() if shape and shape[0]}  # not those of a single number
 
 
 def _sizes(folder: Path) -> dict[str, int]:

@@ -139,6 +139,15 @@ def test_a_digit_that_was_altered_is_noticed_but_the_time_may_differ(tmp_path: P
         assert path.read_text() == altered  # for whoever wants to restore it
 
 
+@pytest.mark.parametrize("number", ["nan", "-inf", "1e19", "1" + 30 * "0"])
+def test_a_number_that_no_episode_has_is_refused(tmp_path: Path, number: str) -> None:
+    path = tmp_path / "episodes.csv"
+    History(path, DENSE, BUDGETS).append(episode(1))
+    path.write_text(path.read_text().replace(",500," if number.isdigit() else ",1.0,", f",{number},"))
+    with pytest.raises(UserError, match=r"numbers must be finite and at most 1e\+18"):
+        History(path, DENSE, BUDGETS, finished=1)
+
+
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read: FileNotFoundError"):
         History(tmp_path / "episodes.csv", DENSE, BUDGETS, finished=1)

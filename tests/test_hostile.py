@@ -32,9 +32,11 @@ from cacp.exporting import ARCHITECTURE, WEIGHTS, Architecture, load_pruned, sav
 from cacp.graph import trace
 from cacp.history import Episode, History
 from cacp.models.weights import load_weights
+from cacp.page import markup, page
 from cacp.parsing import LARGEST_JSON, parse_json, parse_settings, read_text
 from cacp.policies import load_policies, save_policy
 from cacp.records import resume
+from cacp.runfolder import read_run
 from cacp.schema import Budget, ChannelGroups, Cost, Normalisation, Policy, PolicyRecord, Score, UserError
 from cacp.slicing import slice_model
 from cacp.sweep import SweepRow, load_sweep
@@ -324,6 +326,55 @@ def test_tables(examples: int, tmp_path: Path) -> None:
     survives(examples, both.flatmap(lambda one: altered_bytes(one[1]).map(lambda content: (one[0], content))), read)
 
 
+@pytest.mark.parametrize("examples", [10, pytest.param(400, marks=pytest.mark.slow)])
+def test_pages(examples: int, tmp_path: Path, groups: ChannelGroups, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page shows what it can, and names the files that it cannot read."""
+    monkeypatch.setattr(markup, "svg", lambda figure, transparent: "<svg></svg>")  # to draw takes a second
+    policy = record(groups)
+    times = {"batch 1": {name: {"median": 2.0} for name in ("dense", "pruned")}}
+    why = {"torch, batch 1": {"why": "calls"}}
+    files: dict[str, Any] = {
+        "environment.json": [{"packages": {"torch": "2"}, "command": ["search.py", "--seed=1"]}],
+        "dense/result.json": {"validation_top1": 0.9, "mean": [0.5], "std": [0.5], "classes": ["a"]},
+        "policies/macs-0.50.json": policy.to_json(),
+        "finetune/macs-0.50/result.json": {"test_top1": {"dense": 0.9, "before": 0.5, "after": 0.8}, "test_images": 9},
+        "export/macs-0.50/report.json": {
+            "policy": policy.to_json(), "dense": {"macs": 10**6, "params": 10**4, "holdout_top1": 0.9},
+            "latency_ms": times, "latency_conditions": {"threads": 1}, "latency_why": why,
+        },
+    }  # fmt: skip
+    tables = {
+        "dense/epochs.csv": "epoch,train_top1,train_loss,seconds\n1,0.5,1.5,2.5\n",
+        "search/tradeoff.csv": "macs_kept,macs,top1,loss,probability,episode\n0.5,500,0.5,1.0,0.4,1\n",
+        "search/episodes.csv": "episode,target,reward,top1,loss,probability,macs,params,source,seconds,counts\n"
+        "1,0.5,0.1,0.5,1.0,0.4,500,50,best,0.2,3-4\n",
+    }
+    whole = {name: dumped(data) for name, data in files.items()} | {name: one.encode() for name, one in tables.items()}
+    whole["config.yaml"] = b"model: resnet20\ndataset: digits\n"
+    for name, content in whole.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+
+    def read(change: tuple[str, bytes]) -> None:
+        name, content = change
+        (tmp_path / name).write_bytes(content)
+        try:
+            run = read_run(tmp_path)
+            page([run])
+        finally:
+            (tmp_path / name).write_bytes(whole[name])
+        if run.problems:
+            raise UserError(run.problems[0])
+
+    plain = st.sampled_from(list(files)).flatmap(
+        lambda name: altered(files[name]).map(lambda data: (name, dumped(data)))
+    )
+    raw = st.sampled_from(list(whole)).flatmap(
+        lambda name: altered_bytes(whole[name]).map(lambda content: (name, content))
+    )
+    survives(examples, plain | raw, read)
+
+
 SETTINGS = [
     "model", "weights", "targets", "macs", "params", "episodes", "seed", "ignore", "min_keep", "quantiles", "mean",
     "std", "workers", "image_size", "batch_size", "finetune_schedule", "agent", "method", "criterion",
@@ -381,7 +432,7 @@ def shown(value: Any) -> str:
 @pytest.mark.parametrize(
     "text",
     ["[" * 100_000, '{"a":' * 100_000, "[" * 200 + "]" * 200, '{"a": NaN}', '{"a": 1e999}', '{"a": "\\ud800"}',
-     '{"a": 1, "a": 2}', "9" * 100_000, " " * (LARGEST_JSON + 1), ""],
+     '{"a": 1, "a": 2}', '{"a": -1e19}', '{"a": 1' + 30 * "0" + "}", "9" * 100_000, " " * (LARGEST_JSON + 1), ""],
 )  # fmt: skip
 def test_json_that_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "x.json").write_text(text)

@@ -11,9 +11,11 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
+import torch
 from running import Call
 
-from cacp.checkpoint import load_json, save_json
+from cacp.checkpoint import load_json, save_json, save_tensors
+from cacp.page import page as page_of
 from cacp.page.markup import VOID, document, table, tag
 from cacp.page.result import latencies
 from cacp.reporting import duration
@@ -191,6 +193,29 @@ def test_damaged_files_are_named_and_the_rest_is_shown(call: Call, finished: Pat
     assert all(f"{folder / name} cannot be read" in words for name in damaged)
     assert "14 of 14 episodes" in words and "macs 0.50" in words and "missing: macs-0.30" in words
     assert "holds no run" in call("report", tmp_path, status=2)
+
+
+def test_what_no_run_holds_is_named_or_left_out(tmp_path: Path) -> None:
+    files = {
+        "config.yaml": "model: resnet20\ndataset: digits\n",
+        "environment.json": '[{"packages": [1], "command": [3]}]',
+        "dense/result.json": '{"validation_top1": 1' + 400 * "0" + "}",
+        "dense/epochs.csv": "epoch,seconds\n1,inf\n",
+        "method/macs-0.50/epochs.csv": "seconds\n1\n",
+        "search/tradeoff.csv": "macs_kept,macs,top1\n1e-12,1e300,0.5\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    weights = {"scale": torch.tensor(1.0), "empty": torch.zeros(0, 3), "a": torch.ones(4, 2)}
+    save_tensors(tmp_path / "dense" / "model.safetensors", {f"{name}.weight": one for name, one in weights.items()})
+    run = read_run(tmp_path)
+    assert run.channels == {"a": 4}
+    damaged = ("dense/result.json", "dense/epochs.csv", "search/tradeoff.csv", "method/macs-0.50/epochs.csv")
+    assert [problem.partition(" cannot be read")[0] for problem in run.problems] == [
+        str(tmp_path / name) for name in damaged
+    ]
+    assert "No pruned model yet" in Outline(page_of([run])).words
 
 
 def renamed(finished: Path, folder: Path, method: str) -> Path:

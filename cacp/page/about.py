@@ -95,7 +95,8 @@ def setup(run: RunFolder) -> Markup:
         listed = [[key, _plain(value)] for key, value in facts.items()]
         parts.append(_fold("Dense model", table("dense/result.json", ["entry", "value"], listed, text=True)))
     if run.environments:
-        machine = {**run.environments[-1], **(at(run.environments[-1], "packages") or {})}
+        packages = at(run.environments[-1], "packages")
+        machine = {**run.environments[-1], **(packages if isinstance(packages, dict) else {})}
         listed = [[key, _plain(value)] for key, value in machine.items() if key not in ("packages", "command")]
         parts.append(_fold("Machine and versions", table("of the last command", ["entry", "value"], listed, text=True)))
     return joined(parts)
