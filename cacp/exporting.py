@@ -169,16 +169,24 @@ def load_pruned(folder: str | Path, build: Callable[[], nn.Module] | None = None
             f"{folder} holds a network of one's own, {architecture.model:.80}, and nothing that a file names is "
             "imported; give load_pruned(folder, build=function), where function() returns the unpruned network"
         )
-    if build:
-        dense = traced = build()
-    else:  # traced without computing: a file may ask for images of any size
-        dense = build_model(architecture.model, len(architecture.classes), seed=0)
-        traced = copy.deepcopy(dense).to("meta")
-    example = torch.zeros(1, *architecture.input_shape, device=device_of(traced))
-    groups = trace(traced, example, architecture.scope)
+    dense = build() if build else build_model(architecture.model, len(architecture.classes), seed=0)
+    groups = _groups(dense, architecture, may_run=build is not None)
     model = slice_model(dense, groups, _any_policy(groups, architecture.keep_counts, folder))
     load_weights(model, Path(folder) / WEIGHTS)
     return model.eval()
+
+
+def _groups(dense: nn.Module, architecture: Architecture, may_run: bool) -> ChannelGroups:
+    """The groups of the unpruned network, traced without computing: a file may ask for images of any size. A network
+    of one's own that makes tensors on the CPU on its way cannot be, and `may_run`.
+    """
+    shape, scope = (1, *architecture.input_shape), architecture.scope
+    try:
+        return trace(copy.deepcopy(dense).to("meta"), torch.zeros(shape, device="meta"), scope)
+    except UserError:
+        if not may_run:
+            raise
+        return trace(dense, torch.zeros(shape, device=device_of(dense)), scope)
 
 
 def _any_policy(groups: ChannelGroups, keep_counts: Mapping[str, int], folder: str | Path) -> Policy:

@@ -11,6 +11,7 @@ import torch
 from conftest import Net, policy_counts, random_policy, resnet20
 from torch import nn
 
+from cacp import exporting
 from cacp.checkpoint import save_json
 from cacp.cost import CostModel
 from cacp.evaluation import device_of
@@ -82,6 +83,30 @@ def test_a_network_of_ones_own_is_built_by_its_function(tmp_path: Path) -> None:
     x = torch.ones(1, 3, 16, 16)
     with torch.no_grad():
         assert torch.equal(load_pruned(tmp_path, build=build)(x), sliced(x))
+
+
+@pytest.mark.parametrize(("constant", "devices"), [(False, ["meta"]), (True, ["meta", "cpu"])])
+def test_a_network_of_ones_own_is_run_only_where_it_must_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, constant: bool, devices: list[str]
+) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return Net(
+            lambda m, x: m.out((m.a(x) * (torch.ones(1) if constant else 1)).flatten(1)),
+            a=nn.Conv2d(3, 7, 3, stride=4), out=nn.Linear(7 * 16, 10),
+        )  # fmt: skip
+
+    def noted(model: nn.Module, example: torch.Tensor, scope: str) -> object:
+        traced_on.append(example.device.type)
+        return trace(model, example, scope)
+
+    traced_on: list[str] = []
+    sliced = exported(tmp_path, build().eval(), "inner", name="my_net")
+    monkeypatch.setattr(exporting, "trace", noted)
+    loaded = load_pruned(tmp_path, build=build)
+    assert traced_on == devices
+    with torch.no_grad():
+        assert torch.equal(loaded(torch.ones(1, 3, 16, 16)), sliced(torch.ones(1, 3, 16, 16)))
 
 
 def test_a_network_of_ones_own_is_never_imported_by_its_name_in_the_file(
