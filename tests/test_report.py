@@ -17,9 +17,10 @@ from running import Call
 from cacp.checkpoint import load_json, save_json, save_tensors
 from cacp.page import page as page_of
 from cacp.page.markup import VOID, document, table, tag
-from cacp.page.result import latencies
+from cacp.page.result import answer, latencies
 from cacp.reporting import duration
-from cacp.runfolder import read_run, stages
+from cacp.runfolder import PrunedModel, RunFolder, read_run, stages
+from cacp.schema import Budget, Cost, Policy, PolicyRecord, Score
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chromium-headless-shell", "chrome")
 BROWSER = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
@@ -216,6 +217,22 @@ def test_what_no_run_holds_is_named_or_left_out(tmp_path: Path) -> None:
         str(tmp_path / name) for name in damaged
     ]
     assert "No pruned model yet" in Outline(page_of([run])).words
+
+
+def test_the_page_says_how_latencies_were_measured_and_why_they_are_no_lower() -> None:
+    score = Score(0.5, 1.0, 0.4, Cost(50, 5))
+    record = PolicyRecord(Policy({"a": (0,)}, "l1"), Budget({"macs": 0.5}), score, score, "uniform", 0)
+    conditions = {"threads": 2, "torch": "2.9 on cpu", "onnxruntime": "1.2 on cpu"}
+    why = {"torch, batch 1": {"why": "<b>calls</b> of layers"}}
+    models = [
+        PrunedModel("macs-0.50", record, {"latency_conditions": conditions, "latency_why": why}),
+        PrunedModel("macs-0.70", record, {"latency_conditions": conditions, "latency_why": {}}),
+    ]
+    words = Outline(answer(RunFolder(Path("x"), models=models))).words
+    assert words.count("threads: 2. PyTorch: 2.9 on cpu. ONNX Runtime: 1.2 on cpu.") == 1
+    assert words.endswith("and what helpsmacs 0.50, torch, batch 1: <b>calls</b> of layers.")
+    models[0].exported["latency_why"] = {}
+    assert "what helps" not in answer(RunFolder(Path("x"), models=models))
 
 
 def renamed(finished: Path, folder: Path, method: str) -> Path:

@@ -32,8 +32,29 @@ def answer(run: RunFolder) -> Markup:
         [
             tag("div", *(_card(run, model) for model in run.models), class_="cards"),
             table("Dense and pruned. " + _images(run), columns, rows),
+            *_timing(run),
         ]
     )
+
+
+def _timing(run: RunFolder) -> Iterator[Markup]:
+    """How the latencies were measured, and what keeps models from what their MACs promise."""
+    conditions = [at(model.exported, "latency_conditions") for model in run.models]
+    told = [
+        f"Latencies are medians, dense and pruned in turn; threads: {one.get('threads', '?')}. "
+        f"PyTorch: {one.get('torch', '?')}. ONNX Runtime: {one.get('onnxruntime', '?')}."
+        for one in conditions
+        if isinstance(one, Mapping)
+    ]
+    yield from (tag("p", text, class_="soft") for text in dict.fromkeys(told))
+    reasons = [
+        tag("p", tag("b", f"{policy_title(model)}, {where}"), f": {at(said, 'why')}.")
+        for model in run.models
+        if isinstance(found := at(model.exported, "latency_why"), Mapping)
+        for where, said in found.items()
+    ]
+    if reasons:
+        yield tag("details", tag("summary", "Why models gain less than their MACs promise, and what helps"), *reasons)
 
 
 def latencies(report: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
