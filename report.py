@@ -18,11 +18,10 @@ from pathlib import Path
 
 from cacp.checkpoint import write_atomically
 from cacp.command import run_command
+from cacp.locking import PAGES
 from cacp.page import page
 from cacp.reporting import console
 from cacp.runfolder import RunFolder, read_run
-
-PAGE = "report/index.html"
 
 
 def main() -> None:
@@ -30,7 +29,7 @@ def main() -> None:
     tell_apart(runs)
     for problem in (problem for run in runs for problem in run.problems):
         console.print(f"note: {problem}", markup=False)
-    path = runs[0].folder / PAGE
+    path = runs[0].folder / PAGES / "index.html"
     write_atomically(path, page(runs))
     console.print(f"wrote {path}; open it in a browser", markup=False)
 

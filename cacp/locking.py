@@ -20,6 +20,7 @@ from cacp.schema import UserError
 
 LOCK = ".lock"
 HOLDER = ".lock.json"  # who holds it; a file of its own, since a locked one cannot be read everywhere
+PAGES = "report"  # where report.py writes, at any time: it reads while others write, and holds nothing
 
 
 @contextmanager
@@ -63,9 +64,9 @@ def _holder(folder: Path) -> str:
 
 
 def _clear(folder: Path) -> None:
-    """Delete the temporary files of processes that were killed: nobody else writes here now."""
+    """Delete the temporary files of processes that were killed: nobody else writes here now, but a report's page."""
     for path in folder.rglob(".*.tmp"):
-        if _is_temporary(path):
+        if _is_temporary(path) and path.parent != folder / PAGES:
             path.unlink()
 
 

@@ -53,6 +53,15 @@ def test_a_second_writer_is_told_who_is_at_work_and_a_killed_one_holds_nothing(t
     assert sorted(path.name for path in folder.iterdir()) == sorted([LOCK, HOLDER, ".mine.tmp"])
 
 
+def test_the_page_that_a_report_is_writing_is_left_alone(tmp_path: Path) -> None:
+    page, half = tmp_path / "report" / ".index.html.12.34.tmp", tmp_path / "dense" / ".result.json.12.34.tmp"
+    for path in (page, half):
+        path.parent.mkdir()
+        path.write_text("half")
+    with only_writer(tmp_path):
+        assert page.exists() and not half.exists()
+
+
 def test_a_writer_lets_go_however_it_ends(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), only_writer(tmp_path):
         raise RuntimeError
