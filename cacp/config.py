@@ -45,6 +45,7 @@ _METAVARS = {
     "data_dir": "DIR",
     "weights": "WHICH",
     "ignore": "PATTERN",
+    "forms": "FORM",
 }  # of numbers N or X
 _COMMAND_STAGES = {
     "pretrain": (IDENTITY, TRAINING),
@@ -53,6 +54,7 @@ _COMMAND_STAGES = {
     "export": (),
     "finetune": (FINETUNE,),
 }
+_COMMAND_SETTINGS = {"export": ("forms",), "finetune": ("forms",)}  # and these
 
 
 def parse(
@@ -124,14 +126,14 @@ def _parser(
         help_text = "after the search: the policy that promises most at this macs target, trained or not"
         parser.add_argument("--ask", type=_Type("kept fraction", kept_fraction), metavar="X", help=help_text)
         parser.add_argument("--profile", action="store_true", help="print at the end where the time went")
-    stages, foreign = _COMMAND_STAGES[command], _FOREIGN.get(command, ())
+    stages, more, foreign = _COMMAND_STAGES[command], _COMMAND_SETTINGS.get(command, ()), _FOREIGN.get(command, ())
     own = [
-        item for item in dataclasses.fields(Experiment) if item.metadata["stage"] in stages and item.name not in foreign
+        item
+        for item in dataclasses.fields(Experiment)
+        if (item.metadata["stage"] in stages and item.name not in foreign) or item.name in more
     ]
     rest = [item for item in dataclasses.fields(Experiment) if item not in own]
     for title, items in ((f"settings of {command}", own), ("settings of the other stages", rest)):
-        if not items:
-            continue
         group = parser.add_argument_group(title)
         for item in items:
             _add_setting(group, item, command)

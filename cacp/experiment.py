@@ -130,7 +130,9 @@ class Experiment:
         (), POLICY, "gfi_ap, instead of targets: parts of all filters that go, or LOW:HIGH:STEP; --quantile, --sweep"
     )
     forms: list[str] = _setting(
-        FORMS, MACHINE, f"export, finetune: what models are written as, beside safetensors: of {', '.join(FORMS)}"
+        FORMS,
+        MACHINE,
+        f"export, finetune: what models are written as, beside safetensors, of {', '.join(FORMS)}; default: all",
     )
     finetune_epochs: int = _setting(400, FINETUNE, "epochs of every exported model")
     finetune_lr: float = _setting(0.1, FINETUNE, "highest learning rate")

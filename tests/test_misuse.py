@@ -33,6 +33,16 @@ def test_help_shows_commands_defaults_and_own_settings_first(
     assert not [word for word in (" null", "type:", "default: []", "default: )") if word in text]
 
 
+@pytest.mark.parametrize("command", ["export", "finetune"])
+def test_help_of_export_and_finetune_shows_the_forms_first(
+    call: Call, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    own = call(command, "--help").partition(f"settings of {command}:")[2].partition("settings of the other stages:")[0]
+    assert "--forms FORM [FORM ...]" in own
+    assert "beside safetensors, of python, onnx, pt2; default: all --" in f"{' '.join(own.split())} --"
+
+
 def test_a_folder_of_another_run_is_refused(call: Call, finished: Path, tmp_path: Path) -> None:
     error = call("search", *TINY, "--episodes=15", "--output", finished, status=2)
     assert "episodes: 14 -> 15" in error
@@ -190,7 +200,7 @@ def test_a_missing_policy_or_export_is_named(call: Call, finished: Path, tmp_pat
     copy = tmp_path / "run"
     shutil.copytree(finished, copy)
     shutil.rmtree(copy / "export" / "macs-0.50")
-    assert "not exported yet: macs-0.50" in call("finetune", copy, status=2)
+    assert "not exported yet, or not whole: macs-0.50" in call("finetune", copy, status=2)
     (copy / "policies" / "macs-0.70.json").unlink()
     assert "no policy yet for macs-0.70" in call("export", copy, status=2)
     call("search", *TINY, "--output", copy)
