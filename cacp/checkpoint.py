@@ -207,7 +207,8 @@ def save_state(folder: str | Path, tensors: Mapping[str, Tensor], data: Any) -> 
         UserError: when `data` is not JSON.
     """
     try:
-        text = json.dumps(data, allow_nan=False)
+        text = json.dumps(data, allow_nan=False, ensure_ascii=False)
+        text.encode()  # raises for lone surrogates
     except (TypeError, ValueError) as error:
         raise UserError(f"data of a checkpoint must be JSON, but got {error}; pass it through pack() first") from error
     tensors = _on_cpu(tensors)

@@ -73,14 +73,21 @@ def parse(
     """
     files = _config_files(argv)
     settings = _read_files(files)
-    namespace = _parser(command, description, run_argument, []).parse_args(list(argv))
+    namespace = _parsed(_parser(command, description, run_argument, []), argv)
     folder = namespace.get("run") or namespace["output"]
     own_config = Path(folder) / "config.yaml"
     if not namespace.get("config") and folder and own_config.is_file():
         files = [str(own_config)]
         settings = _read_files(files)
-        namespace = _parser(command, description, run_argument, list(files)).parse_args(list(argv))
+        namespace = _parsed(_parser(command, description, run_argument, list(files)), argv)
     return _without_what_flags_replace(namespace, command, argv, settings)
+
+
+def _parsed(parser: jsonargparse.ArgumentParser, argv: Sequence[str]) -> jsonargparse.Namespace:
+    try:
+        return parser.parse_args(list(argv))
+    except OverflowError as error:
+        raise UserError(f"settings must be numbers that a float holds: {error}") from error
 
 
 def _without_what_flags_replace(

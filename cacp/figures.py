@@ -228,7 +228,8 @@ def training_figure(number: str, label: str, trainings: Mapping[str, Sequence[Ma
     axes.set_ylabel(label)
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.legend(loc="outside upper left", ncols=2)
+    if axes.lines:
+        figure.legend(loc="outside upper left", ncols=2)
     return figure
 
 

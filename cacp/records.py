@@ -52,7 +52,7 @@ def resume(folder: Path, agent: Searcher, episodes: int) -> Finished:
         return Finished()
     try:
         finished = saved.data["episode"]
-        if not isinstance(finished, int) or not 0 < finished <= episodes:
+        if type(finished) is not int or not 0 < finished <= episodes:
             raise ValueError(f"episode {finished!r:.80} of {episodes}")
         checksum = saved.data.get("episodes_sha256", "")  # an older one has none
         agent.load_state(saved.tensors, saved.data["agent"])

@@ -156,6 +156,13 @@ def test_every_flipped_byte_and_every_cut_is_noticed(tmp_path: Path) -> None:
     assert noticed >= len(whole) + 4 - 8
 
 
+def test_what_could_not_be_read_again_is_not_written(tmp_path: Path) -> None:
+    for data, said in ((math.nan, "not JSON compliant"), ({"\ud800": 1}, "surrogates not allowed")):
+        with pytest.raises(UserError, match=f"data of a checkpoint must be JSON, but got .*{said}"):
+            save_state(tmp_path / "state", {}, data)
+    assert not (tmp_path / "state").exists()
+
+
 def test_the_warning_names_the_damaged_file_and_two_are_an_error(tmp_path: Path) -> None:
     save_state(tmp_path, {}, {"epoch": 1})
     save_state(tmp_path, {}, {"epoch": 2})

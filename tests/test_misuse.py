@@ -141,6 +141,11 @@ def test_a_method_and_a_search_do_not_share_a_folder(call: Call, finished: Path)
         ("search", ["--output=x", "--mean", "125", "123", "114", "--std", "58", "57", "57"], ["mean must be three"]),
         ("search", ["--output=x", "--colour=red"], ["colour"]),
         ("search", ["--output=x", "--episodes=many"], ["episodes", "many"]),
+        (
+            "search",
+            ["--output=x", f"--min_keep={10**400}"],
+            ["settings must be numbers that a float holds", "too large"],
+        ),
         ("search", [], ["no run folder: give --output"]),
         ("search", ["--output=x", "--device=cuda:7"], ["device cuda:7 is not there", "--device cpu"]),
         ("search", ["--output=x", "--device=tpu"], ["device must be auto, cpu, cuda or cuda:N", "'tpu'"]),
@@ -173,6 +178,8 @@ def test_bad_settings_end_in_one_message(call: Call, command: str, arguments: li
         ("seed: null", ["seed must have a value"]),
         ("colour: red", ["colour"]),
         ("model: [", ["mine.yaml cannot be read"]),
+        ("targets: [0.5, 1.3]", ["targets must be kept fractions in (0, 1], but got 1.3; 0.5 keeps half of the MACs"]),
+        ("targets: ['0.3:x']", ["a range of targets is LOW:HIGH, like 0.3:0.8, but got '0.3:x'"]),
     ],
 )
 def test_bad_config_files_end_in_one_message(call: Call, tmp_path: Path, text: str, words: list[str]) -> None:

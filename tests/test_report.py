@@ -15,6 +15,7 @@ import torch
 from running import Call
 
 from cacp.checkpoint import load_json, save_json, save_tensors
+from cacp.figures import training_figure
 from cacp.page import page as page_of
 from cacp.page.markup import VOID, document, table, tag
 from cacp.page.result import answer, latencies
@@ -217,6 +218,14 @@ def test_what_no_run_holds_is_named_or_left_out(tmp_path: Path) -> None:
         str(tmp_path / name) for name in damaged
     ]
     assert "No pruned model yet" in Outline(page_of([run])).words
+
+
+def test_a_training_without_any_known_number_is_an_empty_figure() -> None:
+    drawn, empty = (
+        training_figure("top1", "top-1, %", {"dense": [row]})
+        for row in ({"epoch": 1.0, "train_top1": 0.5}, {"epoch": 1.0})
+    )
+    assert [len(figure.legends) for figure in (drawn, empty)] == [1, 0]
 
 
 def test_the_page_says_how_latencies_were_measured_and_why_they_are_no_lower() -> None:
