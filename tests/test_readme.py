@@ -118,6 +118,22 @@ def test_the_tables_of_searchers_follow_from_their_cells(header: str, file: str,
     assert [[SEARCHERS[label], *cells] for label, *cells in rows_under(header)] == expected
 
 
+def test_the_means_of_five_seeds_follow_from_their_cells() -> None:
+    result = load_json(RESULTS / "search_quality_five_seeds.json")
+    found = tables(result["cells"], result["targets"])["resnet20"]["top1"]
+    ours, rival = (percent(found[name]["mean"]) for name in ("cacp", "amc"))
+    ahead = percent(found["amc"]["mean"]["ours_minus_it"])
+    assert f"ours has {ours} there, AMC {rival}, ours minus AMC is +{ahead}, and ours is ahead at every target" in WORDS
+    assert all(found["amc"][f"{target:.2f}"]["ours_minus_it"]["mean"] > 0 for target in result["targets"])
+
+
+def test_what_the_networks_add_follows_from_its_cells() -> None:
+    result = load_json(RESULTS / "search_quality_without_networks.json")
+    found = tables(result["cells"], result["targets"])["resnet20"]["top1"]
+    assert result["judged_on"] == "development"
+    assert f"without actor and critic is {percent(found['without-networks']['mean']['ours_minus_it'])} behind" in WORDS
+
+
 def test_the_first_table_is_of_the_same_means() -> None:
     found = load_json(RESULTS / "search_quality.json")["models"]["resnet56"]["top1"]
     finetuned = load_json(RESULTS / "quality_finetuning.json")["models"]["resnet56"]["top1"]["cacp"]
