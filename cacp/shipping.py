@@ -33,6 +33,7 @@ FILES = {"python": "model.py", "onnx": "model.onnx", "pt2": "model.pt2"}
 FORMS = tuple(FILES)
 TOLERANCE = 1e-4  # between outputs, in units of the largest one where that is above 1; model.py must be bit-equal
 CHECKED_BATCHES = (1, 3)  # images
+LARGEST_BATCH = 2**31 - 1  # torch 2.7 traces no batch without a limit
 _PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime")
 _INPUT = "(images - mean) / std of images (B, C, H, W) in [0, 1]"
 
@@ -158,7 +159,9 @@ class _Shipping:
 def exported(model: nn.Module, input_shape: tuple[int, int, int]) -> ExportedProgram:
     """A model in eval mode, on the CPU, as torch.export sees it, for any number of images; no paths of source files."""
     images = torch.zeros(2, *input_shape)  # of one image, torch.export would make a constant
-    program = torch.export.export(model, (images,), dynamic_shapes=({0: Dim("batch")},), strict=False)
+    program = torch.export.export(
+        model, (images,), dynamic_shapes=({0: Dim("batch", min=1, max=LARGEST_BATCH)},), strict=False
+    )
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)
     return program
