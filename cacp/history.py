@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from cacp.budget import in_window, meets_targets
 from cacp.checkpoint import save_csv
-from cacp.parsing import LARGEST_NUMBER
+from cacp.parsing import LARGEST_NUMBER, bounded
 from cacp.schema import Budget, Cost, Score, UserError
 
 
@@ -47,7 +47,7 @@ class Episode(NamedTuple):
         whole = {key: int(row[key]) for key in ("episode", "macs", "params")}
         real = {key: float(row[key]) for key in ("target", "reward", "top1", "loss", "probability", "seconds")}
         real["latency_ps"] = float(row.get("latency_ps", 0.0))
-        if not all(abs(number) <= LARGEST_NUMBER for number in (*whole.values(), *real.values())):
+        if not bounded((*whole.values(), *real.values())):
             raise ValueError(f"numbers must be finite and at most {LARGEST_NUMBER:g}, but got {row!s:.300}")
         counts = tuple(int(count) for count in row["counts"].split("-"))
         return cls(**whole, **real, source=row["source"], counts=counts)  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from reprlib import Repr
 from typing import Any
@@ -97,6 +98,11 @@ def _check_values(data: Any, largest: float) -> None:
             value.encode()  # a lone surrogate is an UnicodeEncodeError, which is a ValueError
         elif isinstance(value, int | float) and not (abs(value) <= largest and abs(value) != math.inf):
             raise ValueError("a number is too large")
+
+
+def bounded(numbers: Iterable[float]) -> bool:
+    """Whether all are finite and at most LARGEST_NUMBER, of either sign."""
+    return all(abs(number) <= LARGEST_NUMBER for number in numbers)
 
 
 def check_shape(data: Any, shape: Any, place: str = "it") -> None:

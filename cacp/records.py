@@ -18,6 +18,7 @@ from cacp.cost import CostModel
 from cacp.figures import save_tradeoff, tradeoff_figure
 from cacp.history import Candidate, Episode, History, tradeoff
 from cacp.interrupts import Interrupted, finishing_first
+from cacp.parsing import check_shape
 from cacp.profiling import Profile
 from cacp.reporting import (
     ProgressLine,
@@ -51,8 +52,9 @@ def resume(folder: Path, agent: Searcher, episodes: int) -> Finished:
     if saved is None:
         return Finished()
     try:
+        check_shape(saved.data, {"episode": int})
         finished = saved.data["episode"]
-        if type(finished) is not int or not 0 < finished <= episodes:
+        if not 0 < finished <= episodes:
             raise ValueError(f"episode {finished!r:.80} of {episodes}")
         checksum = saved.data.get("episodes_sha256", "")  # an older one has none
         agent.load_state(saved.tensors, saved.data["agent"])

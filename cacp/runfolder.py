@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from cacp import latency_table
 from cacp.experiment import Experiment
 from cacp.history import Episode
-from cacp.parsing import LARGEST_JSON, LARGEST_NUMBER, LARGEST_YAML, parse_json, parse_settings, read_text
+from cacp.parsing import LARGEST_JSON, LARGEST_NUMBER, LARGEST_YAML, bounded, parse_json, parse_settings, read_text
 from cacp.schema import Budget, PolicyRecord, UserError
 from cacp.sweep import SweepRow, load_sweep
 
@@ -203,7 +203,7 @@ def _experiment(settings: Mapping[str, Any], folder: Path) -> Experiment:
 def _numbers(path: Path) -> Rows:
     with path.open(newline="", encoding="utf-8") as file:
         rows = [{str(key): float(cell) if cell else None for key, cell in row.items()} for row in csv.DictReader(file)]
-    if not all(cell is None or abs(cell) <= LARGEST_NUMBER for row in rows for cell in row.values()):
+    if not bounded(cell for row in rows for cell in row.values() if cell is not None):
         raise ValueError(f"numbers must be finite and at most {LARGEST_NUMBER:g}")
     return rows
 

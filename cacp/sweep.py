@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from cacp.checkpoint import load_json, save_csv
 from cacp.figures import COLOURS, new_figure, save_figure, styled
-from cacp.parsing import LARGEST_NUMBER
+from cacp.parsing import bounded
 from cacp.schema import UserError
 
 _NAME = re.compile(r"macs-[01]\.\d+")
@@ -35,7 +35,7 @@ class SweepRow(NamedTuple):
     @classmethod
     def from_row(cls, row: dict[str, str]) -> SweepRow:
         values = {name: float(row[name]) for name in cls._fields if name != "policy"}
-        if not all(abs(value) <= LARGEST_NUMBER for value in values.values()) or not _NAME.fullmatch(row["policy"]):
+        if not bounded(values.values()) or not _NAME.fullmatch(row["policy"]):
             raise ValueError(f"{row!s:.300} is no row of a sweep")
         return cls(policy=row["policy"], **values)
 
