@@ -1,8 +1,11 @@
 """Images a second of fine-tuning: ours against a plain PyTorch loop and torchvision's reference recipe, in turn.
 
-    python -m benchmarks.finetuning_speed RUN [--policy macs-0.50] [--images 5120] [--rounds 5] [--result FILE]
+    python -m benchmarks.finetuning_speed RUN [--policy macs-0.50] [--images 5120] [--rounds 5] [--at_once 2] \
+        [--result FILE]
 
 All train the same exported model of RUN, in mini-batches of the run's size, one pass over the same images a round.
+
+- ours, N at once: in N processes, each a model of its own; images a second of all together.
 
 - plain: what most tutorials have: torchvision's transforms image by image in a DataLoader, fp32, SGD.
 - plain, in this process: the same with num_workers=0; whichever is faster is the plain loop.
@@ -12,10 +15,15 @@ All train the same exported model of RUN, in mini-batches of the run's size, one
 
 import argparse
 import copy
+import itertools
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from multiprocessing import get_context
+from multiprocessing.pool import Pool
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +42,7 @@ from cacp.checkpoint import save_json
 from cacp.command import run_command
 from cacp.data import ImageData
 from cacp.environment import environment
-from cacp.evaluation import synchroniser
+from cacp.evaluation import device_of, synchroniser
 from cacp.pipeline import load_exported, training_recipe
 from cacp.recipe import Recipe
 from cacp.schema import Normalisation
@@ -49,11 +57,16 @@ def main() -> None:
     experiment, splits, dense = load_run(arguments.run)
     normalisation = dense.normalisation
     model = load_exported(experiment, arguments.run / "export" / arguments.policy).to(dense.example.device).train()
-    images = splits.train.subset(torch.arange(min(arguments.images, len(splits.train))))
+    taken = torch.arange(min(arguments.images, len(splits.train)))
+    images = ImageData(splits.train.batch(taken), splits.train.labels[taken], splits.train.classes)
     recipe = training_recipe(experiment, 1, experiment.finetune_lr, experiment.finetune_schedule)
+    pool = _pool(arguments.at_once)
     systems: dict[str, Round] = {
         OURS: lambda: ours(copy.deepcopy(model), images, normalisation, recipe),
         f"{OURS}, fp32": lambda: ours(copy.deepcopy(model), images, normalisation, replace(recipe, precision="fp32")),
+        f"{OURS}, {arguments.at_once} at once": lambda: at_once(
+            pool, arguments.at_once, model, images, normalisation, recipe
+        ),
         "plain": lambda: plain(copy.deepcopy(model), images, normalisation, recipe, workers=2),
         "plain, in this process": lambda: plain(copy.deepcopy(model), images, normalisation, recipe, workers=0),
         "torchvision": lambda: reference(copy.deepcopy(model), images, normalisation, recipe, workers=2),
@@ -65,6 +78,7 @@ def main() -> None:
             if number:
                 speeds[name].append(speed)
             print(number, name, f"{speed:.0f} images/s", flush=True)
+    pool.terminate()
     result = {
         "images_per_second": {name: spread(values) for name, values in speeds.items()},
         "times_as_fast": {
@@ -85,6 +99,33 @@ def main() -> None:
 def ours(model: nn.Module, images: ImageData, normalisation: Normalisation, recipe: Recipe) -> float:
     (record,) = fit(model, images, None, normalisation, recipe, 0)
     return record.images_per_second
+
+
+def at_once(
+    pool: Pool, count: int, model: nn.Module, images: ImageData, normalisation: Normalisation, recipe: Recipe
+) -> float:
+    """`ours` in all processes of the pool, which begin together."""
+    work = itertools.repeat((copy.deepcopy(model).cpu(), device_of(model), images, normalisation, recipe), count)
+    return sum(pool.starmap(_one_of_several, work, chunksize=1))
+
+
+def _one_of_several(
+    model: nn.Module, device: torch.device, images: ImageData, normalisation: Normalisation, recipe: Recipe
+) -> float:
+    model.to(device)
+    _start.wait()
+    return ours(model, images, normalisation, recipe)
+
+
+def _pool(count: int) -> Pool:
+    context = get_context("spawn")
+    return context.Pool(count, _share_machine, (context.Barrier(count), max(1, (os.cpu_count() or 1) // count)))
+
+
+def _share_machine(start: Barrier, threads: int) -> None:
+    global _start
+    _start = start
+    torch.set_num_threads(threads)
 
 
 def plain(model: nn.Module, images: ImageData, normalisation: Normalisation, recipe: Recipe, workers: int) -> float:
@@ -184,6 +225,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--policy", default="macs-0.50", help="folder in export/")
     parser.add_argument("--images", type=int, default=5120, help="in a pass")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--at_once", type=int, default=2, help="models that are trained side by side")
     parser.add_argument("--result", type=Path, help="JSON file")
     return parser
 

@@ -1,19 +1,23 @@
 """Ablation of the fine-tuning recipe: one thing changed at a time, equal epochs, judged on held-out images.
 
-    python -m benchmarks.recipes RUN --work FOLDER [--variants NAME ...] [--epochs 10] [--seeds 0] \
-        [--policies macs-0.50 macs-0.30] [--result results/recipes.json]
+    python -m benchmarks.recipes RUN --work FOLDER [--variants NAME[+NAME...] ...] [--lrs 0.05] [--epochs 10] \
+        [--seeds 0] [--policies macs-0.50 macs-0.30] [--result results/recipes.json]
 
 RUN holds exported models, and a dense model that has never seen the validation and holdout images, on which everything
-is judged; the test set is not read. A cell is a variant, a policy and a seed: a JSON file in FOLDER, skipped when it is
-there; one that was broken off goes on after its last epoch.
+is judged; the test set is not read. "dense" as a policy is that model, trained further alike. A cell is a variant, a
+learning rate, a length, a policy and a seed: a JSON file in FOLDER, skipped when it is there; one that was broken off
+goes on after its last epoch.
 """
 
 import argparse
+import copy
 import itertools
 import statistics
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from benchmarks.exported_run import finetune, load_run
 from benchmarks.summarise import portable
@@ -24,22 +28,18 @@ from cacp.dense import DenseModel
 from cacp.environment import environment
 from cacp.evaluation import device_of, evaluate_data
 from cacp.experiment import Experiment
-from cacp.pipeline import load_exported
+from cacp.pipeline import load_exported, training_recipe
 from cacp.recipe import Recipe
 from cacp.schema import UserError
 
-BASE = Recipe(epochs=1, lr=0.05, schedule="cosine")
 VARIANTS: dict[str, dict[str, Any]] = {
     "base": {},
-    "lr-0.01": {"lr": 0.01},
-    "lr-0.02": {"lr": 0.02},
-    "lr-0.1": {"lr": 0.1},
-    "paper": {"lr": 0.1, "schedule": "paper"},
+    "constant": {"schedule": "constant"},
     "step": {"schedule": "step"},
     "nesterov": {"nesterov": True},
     "no-decay-on-norms": {"decay_all": False},
     "decay-5e-4": {"weight_decay": 5e-4},
-    "batch-128": {"batch_size": 128},
+    "batch-64": {"batch_size": 64},
     "smoothing-0.1": {"label_smoothing": 0.1},
     "distillation-0.5": {"distillation": 0.5},
     "distillation-0.9": {"distillation": 0.9},
@@ -58,31 +58,38 @@ def main() -> None:
     if not dense.validation_unseen:
         raise UserError(f"{arguments.run}: its dense weights have seen the images that would judge; use weights train")
     cells = []
-    for seed, name, policy in itertools.product(arguments.seeds, arguments.variants, arguments.policies):
-        path = arguments.work / f"{name}_{policy}_{arguments.epochs}_{seed}.json"
+    for seed, epochs, policy, lr, name in itertools.product(
+        arguments.seeds, arguments.epochs, arguments.policies, arguments.lrs, arguments.variants
+    ):
+        path = arguments.work / f"{name}_{lr:g}_{policy}_{epochs}_{seed}.json"
         if not path.is_file():
-            recipe = replace(BASE, epochs=arguments.epochs, **VARIANTS[name])
-            checkpoint = arguments.work / "checkpoints" / path.stem
-            found = trained(experiment, policy, recipe, seed, splits, dense, checkpoint)
+            changes = {key: value for part in name.split("+") for key, value in VARIANTS[part].items()}
+            recipe = replace(training_recipe(experiment, epochs, lr, "cosine"), **changes)
+            model = _model(experiment, policy, dense)
+            found = trained(model, recipe, seed, splits, dense, arguments.work / "checkpoints" / path.stem)
             save_json(path, {"variant": name, "policy": policy, "seed": seed, **found})
         cells.append(load_json(path))
         print(path.stem, f"{100 * cells[-1]['top1']:.2f} %, {cells[-1]['seconds']:.0f} s", flush=True)
-    for name in arguments.variants:
-        tops = [cell["top1"] for cell in cells if cell["variant"] == name]
-        print(f"{name:20} {100 * statistics.mean(tops):.2f}")
     if arguments.result:
         result = {"dense": _judged(dense.model, splits, dense), "cells": cells, "environment": environment(0)}
         save_json(arguments.result, portable(result))
 
 
+def _model(experiment: Experiment, policy: str, dense: DenseModel) -> nn.Module:
+    if policy == "dense":
+        return copy.deepcopy(dense.model)
+    return load_exported(experiment, experiment.folder / "export" / policy)
+
+
 def trained(
-    experiment: Experiment, policy: str, recipe: Recipe, seed: int, splits: Splits, dense: DenseModel, checkpoint: Path
+    model: nn.Module, recipe: Recipe, seed: int, splits: Splits, dense: DenseModel, checkpoint: Path
 ) -> dict[str, Any]:
-    """Fine-tune an exported model by a recipe, and judge it."""
-    model = load_exported(experiment, experiment.folder / "export" / policy).to(device_of(dense.model))
+    """Fine-tune a model by a recipe, and judge it before and after."""
+    model.to(device_of(dense.model)).eval()
+    before = _judged(model, splits, dense)
     records = finetune(model, recipe, seed, splits, dense, checkpoint)
     seconds = sum(record.seconds for record in records)
-    return {**_judged(model.eval(), splits, dense), "seconds": seconds, "recipe": asdict(recipe)}
+    return {"before": before, **_judged(model.eval(), splits, dense), "seconds": seconds, "recipe": asdict(recipe)}
 
 
 def _judged(model: Any, splits: Splits, dense: DenseModel) -> dict[str, float]:
@@ -94,12 +101,19 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="run folder with dense/ and export/")
     parser.add_argument("--work", type=Path, required=True, help="folder of a file a cell")
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), type=_variant, help="changes, joined by +")
+    parser.add_argument("--lrs", nargs="+", type=float, default=[0.05])
     parser.add_argument("--policies", nargs="+", default=["macs-0.50", "macs-0.30"])
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs", nargs="+", type=int, default=[10])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--result", type=Path, help="JSON file for all cells")
     return parser
+
+
+def _variant(name: str) -> str:
+    if unknown := set(name.split("+")) - set(VARIANTS):
+        raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; known: {', '.join(VARIANTS)}")
+    return name
 
 
 if __name__ == "__main__":

@@ -24,17 +24,30 @@ def result_of(benchmark: ModuleType, path: Path, monkeypatch: pytest.MonkeyPatch
 def test_recipes_are_judged_on_held_out_images_and_never_trained_twice(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    variants = ["base", "ema-0.99", "distillation-0.5"]
-    words = [finished, "--work", tmp_path, "--policies", "macs-0.50", "--epochs", 2, "--variants", *variants]
+    variants = ["base", "ema-0.99", "distillation-0.5+nesterov"]
+    words = [finished, "--work", tmp_path, "--policies", "macs-0.50", "--epochs", 2, "--lrs", 0.02]
+    words += ["--variants", *variants]
     monkeypatch.setattr("cacp.pipeline.load_images", only_training_images)
     result = result_of(recipes, tmp_path / "recipes.json", monkeypatch, *words)
     assert [cell["variant"] for cell in result["cells"]] == variants
     assert len({cell["loss"] for cell in result["cells"]}) == 3
-    assert [cell["recipe"]["distillation"] for cell in result["cells"]] == [0.0, 0.0, 0.5]
-    assert all(cell["recipe"]["epochs"] == 2 and 0.1 < cell["top1"] < 1 for cell in result["cells"])
+    made_by = [cell["recipe"] for cell in result["cells"]]
+    assert [(recipe["distillation"], recipe["nesterov"]) for recipe in made_by] == [(0, False), (0, False), (0.5, True)]
+    assert all((recipe["epochs"], recipe["lr"], recipe["flip"]) == (2, 0.02, False) for recipe in made_by)
+    assert all(0.1 < cell["before"]["top1"] < 1 and 0.1 < cell["top1"] < 1 for cell in result["cells"])
     monkeypatch.setattr(recipes, "trained", None)
     again = result_of(recipes, tmp_path / "again.json", monkeypatch, *words)
     assert again["cells"] == result["cells"]
+    monkeypatch.undo()
+    with pytest.raises(SystemExit):
+        result_of(recipes, tmp_path / "unknown.json", monkeypatch, *words, "nesterov+unknown")
+
+
+def test_recipes_train_the_dense_model_too(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [finished, "--work", tmp_path, "--policies", "dense", "--epochs", 1, "--variants", "base"]
+    result = result_of(recipes, tmp_path / "dense.json", monkeypatch, *words)
+    (cell,) = result["cells"]
+    assert cell["before"] == result["dense"] and cell["loss"] != cell["before"]["loss"]
 
 
 def only_training_images(experiment: Any, split: str) -> Any:
@@ -64,7 +77,7 @@ def test_speed_is_of_the_same_images_for_all(finished: Path, tmp_path: Path, mon
     words = [finished, "--images", 300, "--rounds", 1]
     result = result_of(finetuning_speed, tmp_path / "speed.json", monkeypatch, *words)
     speeds = result["images_per_second"]
-    assert list(speeds) == ["ours", "ours, fp32", "plain", "plain, in this process", "torchvision"]
+    assert list(speeds) == ["ours", "ours, fp32", "ours, 2 at once", "plain", "plain, in this process", "torchvision"]
     for name, speed in speeds.items():
         ratio = speeds["ours"]["median"] / speed["median"]
         assert result["times_as_fast"][name]["median"] == pytest.approx(ratio, rel=1e-6)
