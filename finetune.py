@@ -26,7 +26,7 @@ from cacp.evaluation import device_of, evaluate_data
 from cacp.experiment import Experiment
 from cacp.exporting import WEIGHTS, checksums, finished, load_architecture, save_pruned
 from cacp.locking import only_writer
-from cacp.pipeline import check_run, load_exported, load_images, load_splits, select_device, training_recipe
+from cacp.pipeline import check_run, finetuning_recipe, load_exported, load_images, load_splits, select_device
 from cacp.policies import load_policies
 from cacp.recipe import Recipe
 from cacp.reporting import console, millions, percent, show_files, table, track_training
@@ -58,9 +58,7 @@ def main() -> None:
         )
     folders = {export.name: experiment.folder / "finetune" / export.name for export in exports}
     check_run(experiment)
-    recipe = training_recipe(
-        experiment, experiment.finetune_epochs, experiment.finetune_lr, experiment.finetune_schedule
-    )
+    recipe = finetuning_recipe(experiment)
     done = all(is_done(folders[one.name], one, recipe) and is_shipped(experiment, folders[one.name]) for one in exports)
     if not done or load_sweep(experiment.folder):
         with only_writer(experiment.folder):
@@ -116,13 +114,17 @@ def is_done(folder: Path, export: Path, recipe: Recipe) -> bool:
 def train(
     experiment: Experiment, recipe: Recipe, export: Path, folder: Path, splits: Splits, dense: DenseModel
 ) -> tuple[nn.Module, list[EpochRecord]]:
-    """Fine-tune one exported model.
+    """Fine-tune one exported model, taught by the dense one where the recipe distils.
 
     Validation picks the epoch only where the weights have never seen its images; else the last epoch stays.
     """
     model = load_exported(experiment, export).to(device_of(dense.model))
     validation = splits.validation if dense.validation_unseen else None
-    epochs = fit(model, splits.train, validation, dense.normalisation, recipe, experiment.seed, folder / "checkpoint")
+    teacher = dense.model if recipe.distillation else None
+    checkpoint = folder / "checkpoint"
+    epochs = fit(
+        model, splits.train, validation, dense.normalisation, recipe, experiment.seed, checkpoint, teacher=teacher
+    )
     return model, track_training(epochs, recipe.epochs, folder, f"finetune {export.name}")
 
 

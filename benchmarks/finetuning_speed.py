@@ -5,6 +5,7 @@
 
 All train the same exported model of RUN, in mini-batches of the run's size, one pass over the same images a round.
 
+- ours, distilled: taught by the dense model, as finetune.py does unless told otherwise; the others are not.
 - ours, N at once: in N processes, each a model of its own; images a second of all together.
 
 - plain: what most tutorials have: torchvision's transforms image by image in a DataLoader, fp32, SGD.
@@ -43,7 +44,7 @@ from cacp.command import run_command
 from cacp.data import ImageData
 from cacp.environment import environment
 from cacp.evaluation import device_of, synchroniser
-from cacp.pipeline import load_exported, training_recipe
+from cacp.pipeline import finetuning_recipe, load_exported
 from cacp.recipe import Recipe
 from cacp.schema import Normalisation
 from cacp.training import fit
@@ -59,11 +60,13 @@ def main() -> None:
     model = load_exported(experiment, arguments.run / "export" / arguments.policy).to(dense.example.device).train()
     taken = torch.arange(min(arguments.images, len(splits.train)))
     images = ImageData(splits.train.batch(taken), splits.train.labels[taken], splits.train.classes)
-    recipe = training_recipe(experiment, 1, experiment.finetune_lr, experiment.finetune_schedule)
+    taught = replace(finetuning_recipe(experiment), epochs=1)
+    recipe = replace(taught, distillation=0.0)
     pool = _pool(arguments.at_once)
     systems: dict[str, Round] = {
         OURS: lambda: ours(copy.deepcopy(model), images, normalisation, recipe),
         f"{OURS}, fp32": lambda: ours(copy.deepcopy(model), images, normalisation, replace(recipe, precision="fp32")),
+        f"{OURS}, distilled": lambda: ours(copy.deepcopy(model), images, normalisation, taught, dense.model),
         f"{OURS}, {arguments.at_once} at once": lambda: at_once(
             pool, arguments.at_once, model, images, normalisation, recipe
         ),
@@ -96,8 +99,10 @@ def main() -> None:
         save_json(arguments.result, portable(result))
 
 
-def ours(model: nn.Module, images: ImageData, normalisation: Normalisation, recipe: Recipe) -> float:
-    (record,) = fit(model, images, None, normalisation, recipe, 0)
+def ours(
+    model: nn.Module, images: ImageData, normalisation: Normalisation, recipe: Recipe, teacher: nn.Module | None = None
+) -> float:
+    (record,) = fit(model, images, None, normalisation, recipe, 0, teacher=teacher)
     return record.images_per_second
 
 
@@ -132,7 +137,9 @@ def plain(model: nn.Module, images: ImageData, normalisation: Normalisation, rec
     steps = [transforms.RandomCrop(images.image_shape[1:], padding=recipe.padding), transforms.RandomHorizontalFlip()]
     steps += [transforms.ToTensor(), transforms.Normalize(*normalisation)]
     loader = _loader(images, transforms.Compose(steps), recipe, workers)
-    optimizer = torch.optim.SGD(model.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay)
+    optimizer = torch.optim.SGD(
+        model.parameters(), recipe.highest_lr(len(images)), recipe.momentum, weight_decay=recipe.weight_decay
+    )
     criterion, device = nn.CrossEntropyLoss(), next(model.parameters()).device
 
     def train() -> None:
@@ -158,7 +165,7 @@ def reference(model: nn.Module, images: ImageData, normalisation: Normalisation,
     ]
     mix = v2.RandomChoice([v2.MixUp(alpha=0.2, num_classes=classes), v2.CutMix(alpha=1.0, num_classes=classes)])
     loader = _loader(images, transforms.Compose(steps), recipe, workers, lambda items: mix(*default_collate(items)))
-    optimizer = torch.optim.SGD(model.parameters(), recipe.lr, recipe.momentum, weight_decay=2e-5)
+    optimizer = torch.optim.SGD(model.parameters(), recipe.highest_lr(len(images)), recipe.momentum, weight_decay=2e-5)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99998), use_buffers=True)
     criterion, device = nn.CrossEntropyLoss(label_smoothing=0.1), next(model.parameters()).device
 

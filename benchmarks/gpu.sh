@@ -40,7 +40,7 @@ step whole_search python3 -m benchmarks.whole_search --result "$results/whole_se
 step search_speed python3 -m benchmarks.search_speed --result "$results/search_speed.json" "${settings[@]}" --policies "${POLICIES:-100}"
 if [ -d "$results/run/policies" ]; then
     python3 export.py "$results/run"
-    step finetuning_speed python3 -m benchmarks.finetuning_speed "$results/run" --images 40000 --result "$results/finetuning_speed.json"
+    step finetuning_speed python3 -m benchmarks.finetuning_speed "$results/run" --images 40000 --at_once 4 --result "$results/finetuning_speed.json"
 fi
 step scaling python3 -m benchmarks.scaling --result "$results/scaling.json" --figure "$results/scaling.svg"
 if [ -d "$results/run/export" ]; then

@@ -19,6 +19,6 @@ python prune.py "${common[@]}" --weights runs/c10 --method taylor --output runs/
 for run in c10 c10_random c10_uniform c10_taylor; do
     python export.py "runs/$run"
 done
-python finetune.py runs/c10 --epochs 5 --finetune_lr 0.05 --finetune_schedule cosine
+python finetune.py runs/c10 --epochs 5 --finetune_lr 0.05 --finetune_schedule cosine --finetune_distillation 0
 python -m benchmarks.summarise runs/c10 runs/c10_random runs/c10_uniform runs/c10_taylor \
     --output results/main_job.json

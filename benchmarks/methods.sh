@@ -30,6 +30,6 @@ prune magnitude magnitude
 names=(cacp uniform taylor sensitivity gfi_ap caie caie_unaware sfp fpgm)
 for name in "${names[@]}"; do
     python export.py "$runs/$name"
-    python finetune.py "$runs/$name" --epochs 3 --finetune_lr 0.02 --finetune_schedule cosine
+    python finetune.py "$runs/$name" --epochs 3 --finetune_lr 0.02 --finetune_schedule cosine --finetune_distillation 0
 done
 python -m benchmarks.summarise "${names[@]/#/$runs/}" "$runs/magnitude" --output results/methods.json

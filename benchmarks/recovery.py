@@ -18,7 +18,7 @@ import argparse
 import copy
 import itertools
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +36,7 @@ from cacp.environment import environment
 from cacp.evaluation import evaluate_data
 from cacp.experiment import Experiment
 from cacp.graph import trace
-from cacp.pipeline import load_exported, load_images, training_recipe
+from cacp.pipeline import finetuning_recipe, load_exported, load_images
 from cacp.recipe import Recipe
 from cacp.steps import seeded
 
@@ -150,7 +150,7 @@ def _subject(arguments: argparse.Namespace) -> Subject:
     experiment, splits, dense = load_run(arguments.run)
     test = load_images(experiment, "test")
     assert test is not None
-    recipe = training_recipe(experiment, arguments.epochs, experiment.finetune_lr, experiment.finetune_schedule)
+    recipe = replace(finetuning_recipe(experiment), epochs=arguments.epochs)
     return Subject(experiment, arguments.uniform, dense, splits, test, recipe)
 
 

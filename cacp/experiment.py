@@ -135,8 +135,13 @@ class Experiment:
         f"export, finetune: what models are written as, beside safetensors, of {', '.join(FORMS)}; default: all",
     )
     finetune_epochs: int = _setting(400, FINETUNE, "epochs of every exported model")
-    finetune_lr: float = _setting(0.1, FINETUNE, "highest learning rate")
-    finetune_schedule: str = _setting("paper", FINETUNE, SCHEDULE_HELP)
+    finetune_lr: float | None = _setting(
+        None, FINETUNE, "highest learning rate (default: 0.1, less the shorter the training is below 2,000 steps)"
+    )
+    finetune_schedule: str = _setting("cosine", FINETUNE, SCHEDULE_HELP)
+    finetune_distillation: float = _setting(
+        0.9, FINETUNE, "part of the loss that compares with the dense model's outputs, from 0 (none) to 1"
+    )
 
     def __post_init__(self) -> None:
         empty = [
@@ -256,6 +261,8 @@ def _wrong_numbers(experiment: Experiment) -> list[str]:
         value = getattr(experiment, key)
         if value is not None and not 0 <= value < math.inf:
             wrong.append(f"{key} must be at least 0, but got {value}")
+    if not 0 <= experiment.finetune_distillation <= 1:
+        wrong.append(f"finetune_distillation must be in [0, 1], but got {experiment.finetune_distillation}")
     wrong += _too_large(experiment)
     if experiment.image_size is not None and experiment.image_size < 8:
         wrong.append(f"image_size must be at least 8 pixels, but got {experiment.image_size}")

@@ -226,7 +226,7 @@ def load_exported(experiment: Experiment, folder: Path) -> nn.Module:
     return load_pruned(folder, lambda: build_model(experiment.model, classes, seed=0, importing=True))
 
 
-def training_recipe(experiment: Experiment, epochs: int, lr: float, schedule: str) -> Recipe:
+def training_recipe(experiment: Experiment, epochs: int, lr: float | None, schedule: str) -> Recipe:
     """How pretrain and finetune train: they share everything but these three."""
     return Recipe(
         epochs=epochs,
@@ -239,6 +239,12 @@ def training_recipe(experiment: Experiment, epochs: int, lr: float, schedule: st
         resized_crop=experiment.crops,
         precision=experiment.precision,
     )
+
+
+def finetuning_recipe(experiment: Experiment) -> Recipe:
+    """How finetune trains: taught by the dense model, unless the settings say otherwise."""
+    epochs, lr, schedule = experiment.finetune_epochs, experiment.finetune_lr, experiment.finetune_schedule
+    return replace(training_recipe(experiment, epochs, lr, schedule), distillation=experiment.finetune_distillation)
 
 
 # search subject -------------------------------------------------------------------------------------------------------

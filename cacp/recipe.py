@@ -18,6 +18,8 @@ from cacp.evaluation import PRECISIONS
 from cacp.schedules import SCHEDULE_HELP, is_schedule
 from cacp.schema import UserError
 
+LARGEST_LR, ENOUGH_STEPS = 0.1, 2000
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -25,6 +27,7 @@ class Recipe:
     blackened in a square of `erasing` pixels a side; with `resized_crop`, instead of a shift, random crops of any size
     and shape (ImageNet's way).
 
+    `lr` is the highest learning rate of the schedule; None takes 0.1, less the shorter the training is (`highest_lr`).
     `decay_all` False spares batch norms and biases the weight decay. `label_smoothing` is the part of the target that
     all classes share; `distillation` the part of the loss that compares with a teacher's outputs, at `temperature`
     (Hinton et al., 2015). With `ema_decay` above 0 the weights that count are their exponential moving average.
@@ -34,7 +37,7 @@ class Recipe:
     """
 
     epochs: int
-    lr: float = 0.1
+    lr: float | None = None
     momentum: float = 0.9
     nesterov: bool = False
     weight_decay: float = 1e-4
@@ -54,7 +57,7 @@ class Recipe:
     def __post_init__(self) -> None:
         rules = {
             "epochs": (self.epochs >= 1, "at least 1"),
-            "lr": (0 < self.lr < math.inf, "positive"),
+            "lr": (self.lr is None or 0 < self.lr < math.inf, "positive"),
             "momentum": (0 <= self.momentum < 1, "in [0, 1)"),
             "nesterov": (self.momentum > 0 or not self.nesterov, "false without momentum"),
             "weight_decay": (0 <= self.weight_decay < math.inf, "0 or more"),
@@ -78,6 +81,19 @@ class Recipe:
         """Mini-batches of a pass over so many images."""
         return math.ceil(images / self.batch_size)
 
+    def highest_lr(self, images: int) -> float:
+        """The learning rate that the schedule starts from, in a training on so many images.
+
+        Without `lr` it is 0.1 for 2,000 steps or more and falls with the root of their number below: a pruned network
+        that is trained for short must not be thrown far from where it stands (measured: results/LOG.md).
+
+        >>> [round(Recipe(epochs).highest_lr(images=25_600), 3) for epochs in (1, 5, 20, 400)]
+        [0.022, 0.05, 0.1, 0.1]
+        """
+        if self.lr is not None:
+            return self.lr
+        return LARGEST_LR * min(1.0, math.sqrt(self.epochs * self.steps(images) / ENOUGH_STEPS))
+
     def loss(self, logits: Tensor, labels: Tensor, taught: Tensor | None) -> Tensor:
         """The mean () over a batch: logits (B, K), labels (B,), and the teacher's logits (B, K), if there is one."""
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
@@ -89,7 +105,7 @@ class Recipe:
 
 
 def sgd_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
-    """SGD over what is trained."""
+    """SGD over what is trained; `train` sets the learning rate of every step."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups: list[dict[str, Any]] = [{"params": parameters}]
     if not recipe.decay_all:
@@ -97,7 +113,11 @@ def sgd_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
         decayed = [parameter for parameter in parameters if parameter.dim() > 1]
         groups = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
     return torch.optim.SGD(
-        groups, recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, nesterov=recipe.nesterov
+        groups,
+        recipe.lr or LARGEST_LR,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        nesterov=recipe.nesterov,
     )
 
 

@@ -303,9 +303,9 @@ def _model_stages(run: RunFolder) -> list[Stage]:
 def _recipe_flags(run: RunFolder) -> list[str]:
     """Flags that a fine-tuning had which has begun, since another recipe would be refused."""
     recipe = next((model.tuning for model in run.models if model.tuning), {})
-    flags = {"epochs": "finetune_epochs", "lr": "finetune_lr", "schedule": "finetune_schedule"}
+    settings = {key: f"finetune_{key}" for key in ("epochs", "lr", "schedule", "distillation")}
     return [
-        f"--{setting}={recipe[key]}"
-        for key, setting in flags.items()
+        f"--{setting}={'null' if recipe[key] is None else recipe[key]}"
+        for key, setting in settings.items()
         if key in recipe and recipe[key] != run.settings.get(setting)
     ]

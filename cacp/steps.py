@@ -133,14 +133,14 @@ def _train(learner: Learner, data: ImageData, stretch: Stretch, after_backward: 
     model, optimizer = learner.model, learner.optimizer
     device, recipe, seed = device_of(model), stretch.recipe, epoch_seed(stretch.seed, stretch.number)
     totals, dtype = Totals(device), resolve_precision(recipe.precision, device)
-    steps = stretch.batches or recipe.steps(len(data))
+    steps, highest_lr = stretch.batches or recipe.steps(len(data)), recipe.highest_lr(len(data))
     batches = _batches(data, stretch, torch.Generator().manual_seed(seed), device)
     with training_flags_kept(model), seeded(seed + process(), device), as_one(model) as network:
         model.train()
         for step, (images, labels, whole) in enumerate(itertools.islice(batches, steps)):
             progress = stretch.number - 1 + (step + 0.5) / steps
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(recipe.schedule, recipe.lr, progress, recipe.epochs)
+                group["lr"] = learning_rate(recipe.schedule, highest_lr, progress, recipe.epochs)
             model.zero_grad()
             with autocast(device, dtype):
                 logits = network(images)  # (B, classes)
@@ -198,7 +198,7 @@ def diverged(stretch: Stretch, optimizer: torch.optim.SGD, what: str) -> Trainin
     if resolve_precision(recipe.precision, device) != torch.float32:
         remedy += " or use --precision fp32"
     return TrainingDiverged(
-        f"training diverged in epoch {stretch.number} at learning rate {lr:.3g} (lr={recipe.lr:g}): {what}; {remedy}. "
+        f"training diverged in epoch {stretch.number} at learning rate {lr:.3g}: {what}; {remedy}. "
         f"Nothing of epoch {stretch.number} was saved"
     )
 

@@ -73,6 +73,7 @@ def test_result_says_dense_before_after_and_which_epoch(finished: Path) -> None:
     assert set(result["test_top1"]) == {"dense", "before", "after"}
     assert result["test_images"] == 359
     assert result["epochs"] == result["chosen_epoch"] == 1
+    assert (result["recipe"]["distillation"], result["recipe"]["lr"]) == (0.9, None)  # taught by the dense model
     assert result["chosen_because"].startswith("best validation top-1")
 
 

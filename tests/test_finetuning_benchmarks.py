@@ -77,7 +77,15 @@ def test_speed_is_of_the_same_images_for_all(finished: Path, tmp_path: Path, mon
     words = [finished, "--images", 300, "--rounds", 1]
     result = result_of(finetuning_speed, tmp_path / "speed.json", monkeypatch, *words)
     speeds = result["images_per_second"]
-    assert list(speeds) == ["ours", "ours, fp32", "ours, 2 at once", "plain", "plain, in this process", "torchvision"]
+    assert list(speeds) == [
+        "ours",
+        "ours, fp32",
+        "ours, distilled",
+        "ours, 2 at once",
+        "plain",
+        "plain, in this process",
+        "torchvision",
+    ]
     for name, speed in speeds.items():
         ratio = speeds["ours"]["median"] / speed["median"]
         assert result["times_as_fast"][name]["median"] == pytest.approx(ratio, rel=1e-6)

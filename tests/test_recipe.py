@@ -9,8 +9,10 @@ import pytest
 import torch
 from conftest import assert_equal_weights, bars, snapshot, tiny_cnn
 
+from cacp.config import experiment_from, parse
 from cacp.data import augment
 from cacp.evaluation import evaluate_data
+from cacp.pipeline import finetuning_recipe
 from cacp.recipe import Recipe, moving_average, sgd_optimizer
 from cacp.schema import Normalisation, UserError
 from cacp.training import fit
@@ -125,3 +127,14 @@ def test_a_square_is_erased_anywhere() -> None:
     part = erased.float().mean(0)[0]  # (H, W)
     assert float(part[2:-2, 2:-2].mean()) == pytest.approx(4 / 6 * 4 / 8, abs=0.02)
     assert torch.equal(augment(images, torch.Generator().manual_seed(0), 0, False), images)
+
+
+def test_the_papers_fine_tuning_is_three_flags_away_from_the_default() -> None:
+    words = ["--config", "configs/cifar10_resnet56.yaml"]
+    default = finetuning_recipe(experiment_from(parse("pretrain", "", words)))
+    assert (default.epochs, default.lr, default.schedule, default.distillation) == (400, None, "cosine", 0.9)
+    words += ["--finetune_lr", "0.1", "--finetune_schedule", "paper", "--finetune_distillation", "0"]
+    paper = finetuning_recipe(experiment_from(parse("pretrain", "", words)))
+    assert paper == Recipe(epochs=400, lr=0.1, momentum=0.9, weight_decay=1e-4, batch_size=256, schedule="paper")
+    with pytest.raises(UserError, match=r"finetune_distillation must be in \[0, 1\], but got 1.5"):
+        experiment_from(parse("pretrain", "", [*words[:-1], "1.5"]))

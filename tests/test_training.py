@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,15 @@ def test_several_processes_need_an_image_each_and_all_parameters(monkeypatch: py
     model.register_parameter("idle", nn.Parameter(torch.zeros(3)))
     with pytest.raises(UserError, match="every parameter must take part in the loss, but idle do not"):
         list(fit(model, data, None, NORMALISATION, recipe, 0))
+
+
+def test_a_short_training_without_a_learning_rate_of_its_own_takes_a_smaller_one() -> None:
+    recipe = Recipe(epochs=5, batch_size=16)  # 7 steps over 100 images
+    assert recipe.highest_lr(100) == pytest.approx(0.1 * math.sqrt(35 / 2000))
+    assert Recipe(epochs=400).highest_lr(50_000) == 0.1
+    assert Recipe(epochs=5, lr=0.3, batch_size=16).highest_lr(100) == 0.3
+    (record,) = fit(tiny_cnn(), bars(100), None, NORMALISATION, replace(recipe, epochs=1, schedule="constant"), 0)
+    assert record.lr == pytest.approx(0.1 * math.sqrt(7 / 2000))
 
 
 def test_an_unknown_schedule_is_named() -> None:

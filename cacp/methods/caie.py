@@ -117,7 +117,7 @@ class CAIE:
         check_finite(totals.loss, state.learner.model, stretch, state.learner.optimizer)
         seconds = time.perf_counter() - start
         speed = batches * min(recipe.batch_size, len(training.images)) / seconds
-        record = EpochRecord(step, recipe.lr, totals.loss, totals.top1, None, None, seconds, speed)
+        record = EpochRecord(step, self.method_lr, totals.loss, totals.top1, None, None, seconds, speed)
         return record, {name: (total / batches).cpu() for name, total in sums.items()}
 
     def removals(
