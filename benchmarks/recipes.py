@@ -6,7 +6,7 @@
 RUN holds exported models, and a dense model that has never seen the validation and holdout images, on which everything
 is judged; the test set is not read. "dense" as a policy is that model, trained further alike. A cell is a variant, a
 learning rate, a length, a policy and a seed: a JSON file in FOLDER, skipped when it is there; one that was broken off
-goes on after its last epoch.
+goes on after its last epoch. The result has all cells of FOLDER.
 """
 
 import argparse
@@ -57,7 +57,6 @@ def main() -> None:
     experiment, splits, dense = load_run(arguments.run)
     if not dense.validation_unseen:
         raise UserError(f"{arguments.run}: its dense weights have seen the images that would judge; use weights train")
-    cells = []
     for seed, epochs, policy, lr, name in itertools.product(
         arguments.seeds, arguments.epochs, arguments.policies, arguments.lrs, arguments.variants
     ):
@@ -68,9 +67,10 @@ def main() -> None:
             model = _model(experiment, policy, dense)
             found = trained(model, recipe, seed, splits, dense, arguments.work / "checkpoints" / path.stem)
             save_json(path, {"variant": name, "policy": policy, "seed": seed, **found})
-        cells.append(load_json(path))
-        print(path.stem, f"{100 * cells[-1]['top1']:.2f} %, {cells[-1]['seconds']:.0f} s", flush=True)
+        cell = load_json(path)
+        print(path.stem, f"{100 * cell['top1']:.2f} %, {cell['seconds']:.0f} s", flush=True)
     if arguments.result:
+        cells = [load_json(path) for path in sorted(arguments.work.glob("*.json"))]
         result = {"dense": _judged(dense.model, splits, dense), "cells": cells, "environment": environment(0)}
         save_json(arguments.result, portable(result))
 

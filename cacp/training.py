@@ -4,8 +4,9 @@
 that weights and momentum are all the state there is.
 
 Differences from the paper's released fine-tuning:
-- learning rate: x0.1 every 20 of 400 epochs -> "cosine" over the whole length; the released one, "paper", is at most
-  1e-5 from epoch 80 on, so nothing happens in the other 320 epochs.
+- learning rate: x0.1 every 20 of 400 epochs -> "cosine" over the whole length, from one that fits it
+  (`Recipe.highest_lr`); the released one, "paper", is at most 1e-5 from epoch 80 on: nothing happens in 320 of 400.
+- loss: cross-entropy -> most of it compares with what the dense model answers to the same image (`Recipe.loss`).
 - chosen epoch: the best on the test set -> the best on a validation split (`chosen_epoch`), else the last.
 - precision: fp32 -> bf16 autocast where the machine computes in it; weights, optimiser and evaluation stay fp32.
 - batches: a smaller last one -> ceil(N / batch_size) batches an epoch whose sizes differ by at most 1.
