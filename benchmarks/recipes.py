@@ -5,8 +5,8 @@
 
 RUN holds exported models, and a dense model that has never seen the validation and holdout images, on which everything
 is judged; the test set is not read. "dense" as a policy is that model, trained further alike. A cell is a variant, a
-learning rate, a length, a policy and a seed: a JSON file in FOLDER, skipped when it is there; one that was broken off
-goes on after its last epoch. The result has all cells of FOLDER.
+learning rate, a length, a policy and a seed: a JSON file in FOLDER/cells, skipped when it is there; one that was broken off
+goes on after its last epoch. The result has all cells.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def main() -> None:
     for seed, epochs, policy, lr, name in itertools.product(
         arguments.seeds, arguments.epochs, arguments.policies, arguments.lrs, arguments.variants
     ):
-        path = arguments.work / f"{name}_{lr:g}_{policy}_{epochs}_{seed}.json"
+        path = arguments.work / "cells" / f"{name}_{lr:g}_{policy}_{epochs}_{seed}.json"
         if not path.is_file():
             changes = {key: value for part in name.split("+") for key, value in VARIANTS[part].items()}
             recipe = replace(training_recipe(experiment, epochs, lr, "cosine"), **changes)
@@ -70,7 +70,7 @@ def main() -> None:
         cell = load_json(path)
         print(path.stem, f"{100 * cell['top1']:.2f} %, {cell['seconds']:.0f} s", flush=True)
     if arguments.result:
-        cells = [load_json(path) for path in sorted(arguments.work.glob("*.json"))]
+        cells = [load_json(path) for path in sorted((arguments.work / "cells").glob("*.json"))]
         result = {"dense": _judged(dense.model, splits, dense), "cells": cells, "environment": environment(0)}
         save_json(arguments.result, portable(result))
 
