@@ -5,8 +5,8 @@
 
 RUN holds exported models, and a dense model that has never seen the validation and holdout images, on which everything
 is judged; the test set is not read. "dense" as a policy is that model, trained further alike. A cell is a variant, a
-learning rate, a length, a policy and a seed: a JSON file in FOLDER/cells, skipped when it is there; one that was broken off
-goes on after its last epoch. The result has all cells.
+learning rate, a length, a policy and a seed: a JSON file in FOLDER/cells, skipped when it is there; one that was broken
+off goes on after its last epoch. The result has all cells.
 """
 
 import argparse
