@@ -7,7 +7,6 @@ All train the same exported model of RUN, in mini-batches of the run's size, one
 
 - ours, distilled: taught by the dense model, as finetune.py does unless told otherwise; the others are not.
 - ours, N at once: in N processes, each a model of its own; images a second of all together.
-
 - plain: what most tutorials have: torchvision's transforms image by image in a DataLoader, fp32, SGD.
 - plain, in this process: the same with num_workers=0; whichever is faster is the plain loop.
 - torchvision: its reference recipe for classification (TrivialAugment, random erasing, MixUp or CutMix, label
