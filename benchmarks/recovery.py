@@ -5,7 +5,8 @@
 
 RUN holds a search, exported, and the dense model; the run of --uniform was pruned from the same weights. The recipe is
 RUN's, but for --epochs. A cell is a model, a target and a seed: a JSON file in FOLDER, skipped when it is there; one
-that was broken off goes on after its last epoch. The test images judge, once a cell.
+that was broken off goes on after its last epoch. The test images judge, once a cell. Cells of a seed see the same
+batches: on a CPU what the dense model says to them is kept in FOLDER/answers.sqlite, and asked for once.
 
 - ours, uniform: as export.py wrote them, repaired and recalibrated.
 - tp-l1, tp-group-norm: Torch-Pruning's global pruning (MagnitudeImportance p 1, GroupMagnitudeImportance p 2),
@@ -63,7 +64,7 @@ def main() -> None:
         if name == "dense" and target != arguments.targets[0]:
             continue
         if not path.is_file():
-            found = recovered(subject, name, target, seed, arguments.work / "checkpoints" / path.stem)
+            found = recovered(subject, name, target, seed, arguments.work)
             save_json(path, {"model": name, "target": target, "seed": seed, **found})
         cells.append(load_json(path))
         tops = [cells[-1][part]["top1"] for part in ("before", "after")]
@@ -74,19 +75,20 @@ def main() -> None:
         save_json(arguments.result, portable({**result, "environment": environment(subject.experiment.seed)}))
 
 
-def recovered(subject: Subject, name: str, target: float, seed: int, checkpoint: Path) -> dict[str, Any]:
+def recovered(subject: Subject, name: str, target: float, seed: int, work: Path) -> dict[str, Any]:
     """Train one of MODELS, and judge it before and after."""
     dense = subject.dense
     model = MODELS[name](subject, target, seed).to(dense.example.device)
     before = evaluate_data(model, subject.test, dense.normalisation)
     cost = counted_cost(model, dense.image_shape)
-    records = finetune(model, subject.recipe, seed, subject.splits, dense, checkpoint)
+    checkpoint = work / "checkpoints" / f"{name}_{target:.2f}_{subject.recipe.epochs}_{seed}"
+    answers = work / "answers.sqlite" if dense.example.device.type == "cpu" else None
+    records = finetune(model, subject.recipe, seed, subject.splits, dense, checkpoint, answers)
     return {
         "before": before._asdict(),
         "after": evaluate_data(model, subject.test, dense.normalisation)._asdict(),
         "cost": cost.to_json(),
         "epochs": len(records),
-        "seconds": sum(record.seconds for record in records),
         "environment": environment(seed),
     }
 

@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 
 from benchmarks import finetuning_speed, recipes, recovery
+from benchmarks.exported_run import finetune, load_run
 from cacp.checkpoint import load_json
 from cacp.data import load_dataset
+from cacp.pipeline import load_exported
+from cacp.recipe import Recipe
 
 
 def result_of(benchmark: ModuleType, path: Path, monkeypatch: pytest.MonkeyPatch, *words: object) -> dict[str, Any]:
@@ -71,6 +74,25 @@ def test_recovery_compares_models_of_equal_cost_and_the_dense_one(
     assert cells["scratch", 0.5]["cost"] == cells["ours", 0.5]["cost"]
     assert cells["scratch", 0.5]["before"]["top1"] < 0.3 < cells["ours", 0.5]["before"]["top1"]
     assert cells["tp-l1", 0.3]["cost"] != cells["tp-group-norm", 0.3]["cost"]
+
+
+def test_what_the_dense_model_said_is_kept_for_other_models(finished: Path, tmp_path: Path) -> None:
+    experiment, splits, dense = load_run(finished)
+    recipe, asked = Recipe(epochs=2, batch_size=128, distillation=0.9), []
+    dense.model.register_forward_hook(lambda *_: asked.append(0))
+
+    def losses(name: str, answers: Path | None) -> list[tuple[float, float]]:
+        model = load_exported(experiment, finished / "export" / name)
+        records = finetune(model, recipe, 0, splits, dense, tmp_path / f"{name}_{answers is None}", answers)
+        return [(record.train_loss, record.train_top1) for record in records]
+
+    calls, path = 2 * recipe.steps(len(splits.train)), tmp_path / "answers.sqlite"
+    told = losses("macs-0.50", path)
+    assert len(asked) == calls
+    other = losses("macs-0.30", path)
+    assert len(asked) == calls and other != told
+    assert losses("macs-0.50", None) == told and losses("macs-0.30", None) == other
+    assert len(asked) == 3 * calls
 
 
 def test_speed_is_of_the_same_images_for_all(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
