@@ -9,7 +9,7 @@ events, checkpoint/. Run again, it skips what is done and goes on with the rest.
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,8 @@ def main() -> None:
     folders = {export.name: experiment.folder / "finetune" / export.name for export in exports}
     check_run(experiment)
     recipe = finetuning_recipe(experiment)
-    done = all(is_done(folders[one.name], one, recipe) and is_shipped(experiment, folders[one.name]) for one in exports)
+    refuse_others(folders, {export.name: source_of(export, recipe) for export in exports})
+    done = all(finished(one, "result.json") and is_shipped(experiment, one) for one in folders.values())
     if not done or load_sweep(experiment.folder):
         with only_writer(experiment.folder):
             finetune_all(experiment, recipe, exports, folders, device)
@@ -72,12 +73,13 @@ def finetune_all(
     experiment: Experiment, recipe: Recipe, exports: Sequence[Path], folders: Mapping[str, Path], device: torch.device
 ) -> None:
     """Fine-tune the exported models that are not, each into the folder of its name, and draw the plots of a sweep."""
-    waiting = [export for export in exports if not is_done(folders[export.name], export, recipe)]
+    waiting = [export for export in exports if not finished(folders[export.name], "result.json")]
     for export in waiting:
         save_json(folders[export.name] / SOURCE, source_of(export, recipe))  # reserves the folder
     if waiting:
         splits = load_splits(experiment)
         dense = load_dense(experiment, splits, device)
+        recipe = replace(recipe, lr=recipe.highest_lr(len(splits.train)))
     for export in waiting:
         folder = folders[export.name]
         model, records = train(experiment, recipe, export, folder, splits, dense)
@@ -93,22 +95,25 @@ def source_of(export: Path, recipe: Recipe) -> dict[str, Any]:
     return {"weights_sha256": sha256(export / WEIGHTS), **asdict(recipe)}
 
 
-def is_done(folder: Path, export: Path, recipe: Recipe) -> bool:
-    """Whether the folder holds a finished fine-tuning of this export by this recipe, whole.
+def refuse_others(folders: Mapping[str, Path], sources: Mapping[str, dict[str, Any]]) -> None:
+    """Refuse folders that hold a fine-tuning, begun or finished, of another export or by another recipe.
 
     Raises:
-        UserError: if it holds one, begun or finished, of another export or by another recipe.
+        UserError: listing all of them.
     """
-    path, here = folder / SOURCE, source_of(export, recipe)
-    there = load_json(path, dict.fromkeys(here)) if path.is_file() else here
-    different = [f"{key}: {there[key]!r} -> {here[key]!r}" for key in here if there[key] != here[key]]
-    if different:
+    wrong = []
+    for name, here in sources.items():
+        path = folders[name] / SOURCE
+        there = asdict(Recipe(epochs=1)) | load_json(path, {"weights_sha256": str}) if path.is_file() else here
+        different = [f"{key}: {there[key]!r} -> {here[key]!r}" for key in here if there[key] != here[key]]
+        if different:
+            wrong.append("\n  ".join([f"{folders[name]}:", *different]))
+    if wrong:
         raise UserError(
-            f"{folder} holds a fine-tuning of another policy or by another recipe:\n  "
-            + "\n  ".join(different)
-            + f"\nuse the same settings, or move {folder} away (or delete it), then run again"
+            "fine-tunings of other policies or by another recipe are in\n"
+            + "\n".join(wrong)
+            + "\nuse the same settings, or move these folders away (or delete them), then run again"
         )
-    return bool(finished(folder, "result.json"))
 
 
 def train(

@@ -39,25 +39,40 @@ def finetune(
     teacher: nn.Module | None = dense.model if recipe.distillation else None
     if teacher is not None and answers is not None:
         teacher = Remembering(teacher, answers)
-    return list(fit(model, splits.train, None, dense.normalisation, recipe, seed, checkpoint, teacher=teacher))
+    records = []
+    for record in fit(model, splits.train, None, dense.normalisation, recipe, seed, checkpoint, teacher=teacher):
+        records.append(record)
+        print(f"epoch {record.epoch} of {recipe.epochs}: {record.images_per_second:.0f} images/s", flush=True)
+    return records
 
 
 class Remembering(nn.Module):
-    """A model that keeps its float32 answers to every batch in a file, for itself and for other processes."""
+    """A model that keeps its float32 answers to every batch in a file, for itself and for other processes; the file may
+    hold those of other models too.
+    """
 
     def __init__(self, model: nn.Module, path: Path) -> None:
         super().__init__()
         self.model = model
+        self._identity = hashlib.blake2b()
+        for tensor in model.state_dict().values():
+            self._identity.update(_bytes(tensor))
         path.parent.mkdir(parents=True, exist_ok=True)
         self._answers = sqlite3.connect(path, timeout=60, isolation_level=None)
         self._answers.execute("CREATE TABLE IF NOT EXISTS answers (batch BLOB PRIMARY KEY, logits BLOB)")
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, classes)."""
-        key = hashlib.blake2b(images.cpu().contiguous().numpy(), digest_size=16).digest()
+        asked = self._identity.copy()
+        asked.update(_bytes(images))
+        key = asked.digest()
         known = self._answers.execute("SELECT logits FROM answers WHERE batch = ?", (key,)).fetchone()
         if known is None:
-            known = (self.model(images).float().cpu().numpy().tobytes(),)
+            known = (_bytes(self.model(images).float()),)
             self._answers.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (key, *known))
         logits = torch.from_numpy(np.frombuffer(known[0], np.float32).copy())
         return logits.view(len(images), -1).to(images.device)
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.cpu().contiguous().numpy().tobytes()

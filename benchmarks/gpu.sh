@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # All that is measured on a GPU, on a machine that has only torch and torchvision: bash benchmarks/gpu.sh [RESULTS]
 # Needs the folder travel/ that benchmarks/pack.sh makes. Writes RESULTS (default: results/gpu): the GPU tests, a complete
-# search of 900 episodes over three targets, the speed of scoring and of fine-tuning, the growth of a search's cost, and at
-# last what 400 epochs recover at macs 0.5 of the model that was found and of the uniform one. What is there already is
-# skipped, and a training that was broken off goes on after its last epoch: a second call continues the first. POLICIES,
-# EPISODES and EPOCHS make it smaller. RESULTS/run is the search; `python3 finetune.py RESULTS/run` trains all it found.
+# search of 900 episodes over three targets, the speed of scoring and of fine-tuning, the growth of a search's cost, and what
+# fine-tuning recovers at macs 0.5 and 0.3: 40 epochs of every model, at last 400 of the found, the uniform and the dense
+# one. What is there already is skipped, and a training that was broken off goes on after its last epoch: a second call
+# continues the first. POLICIES, EPISODES, SHORT_EPOCHS and EPOCHS make it smaller. RESULTS/run is the search; `python3
+# finetune.py RESULTS/run` trains all it found.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 results=${1:-results/gpu}
@@ -46,7 +47,10 @@ step scaling python3 -m benchmarks.scaling --result "$results/scaling.json" --fi
 if [ -d "$results/run/export" ]; then
     python3 prune.py "${settings[@]}" --method uniform --output "$results/uniform"
     python3 export.py "$results/uniform"
-    step recovery python3 -m benchmarks.recovery "$results/run" --uniform "$results/uniform" --models ours uniform \
-        --targets 0.5 --epochs "${EPOCHS:-400}" --seeds 0 --work "$results/recovery" --result "$results/recovery.json"
+    recovery=(python3 -m benchmarks.recovery "$results/run" --uniform "$results/uniform" --seeds 0)
+    step recovery_short "${recovery[@]}" --epochs "${SHORT_EPOCHS:-40}" --work "$results/recovery_short" \
+        --result "$results/recovery_short.json"
+    step recovery "${recovery[@]}" --models ours uniform dense --epochs "${EPOCHS:-400}" --work "$results/recovery" \
+        --result "$results/recovery.json"
 fi
 exit "$failed"

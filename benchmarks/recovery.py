@@ -4,9 +4,9 @@
         [--epochs 10] [--seeds 0 1] [--result results/recovery.json]
 
 RUN holds a search, exported, and the dense model; the run of --uniform was pruned from the same weights. The recipe is
-RUN's, but for --epochs. A cell is a model, a target and a seed: a JSON file in FOLDER, skipped when it is there; one
-that was broken off goes on after its last epoch. The test images judge, once a cell. Cells of a seed see the same
-batches: on a CPU what the dense model says to them is kept in FOLDER/answers.sqlite, and asked for once.
+RUN's, but for --epochs. A cell is a model, a target and a seed: a JSON file in FOLDER/cells, skipped when it is there;
+one that was broken off goes on after its last epoch. The result has all cells. The test images judge, once a cell.
+Cells of a seed see the same batches: on a CPU the dense model is asked for its answers once (FOLDER/answers.sqlite).
 
 - ours, uniform: as export.py wrote them, repaired and recalibrated.
 - tp-l1, tp-group-norm: Torch-Pruning's global pruning (MagnitudeImportance p 1, GroupMagnitudeImportance p 2),
@@ -17,7 +17,9 @@ batches: on a CPU what the dense model says to them is kept in FOLDER/answers.sq
 
 import argparse
 import copy
+import hashlib
 import itertools
+import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -28,7 +30,7 @@ from torch import nn
 
 from benchmarks.exported_run import finetune, load_run
 from benchmarks.summarise import portable
-from cacp.checkpoint import load_json, save_json
+from cacp.checkpoint import load_json, save_json, sha256
 from cacp.command import run_command
 from cacp.cost import counted_cost
 from cacp.data import ImageData, Splits
@@ -36,9 +38,11 @@ from cacp.dense import DenseModel
 from cacp.environment import environment
 from cacp.evaluation import evaluate_data
 from cacp.experiment import Experiment
+from cacp.exporting import WEIGHTS
 from cacp.graph import trace
 from cacp.pipeline import finetuning_recipe, load_exported, load_images
 from cacp.recipe import Recipe
+from cacp.schema import UserError
 from cacp.steps import seeded
 
 TP_STEPS = 400
@@ -58,30 +62,55 @@ class Subject(NamedTuple):
 def main() -> None:
     arguments = _parser().parse_args()
     subject = _subject(arguments)
-    cells = []
-    for seed, target, name in itertools.product(arguments.seeds, arguments.targets, arguments.models):
-        path = arguments.work / f"{name}_{target:.2f}_{arguments.epochs}_{seed}.json"
-        if name == "dense" and target != arguments.targets[0]:
-            continue
-        if not path.is_file():
-            found = recovered(subject, name, target, seed, arguments.work)
-            save_json(path, {"model": name, "target": target, "seed": seed, **found})
-        cells.append(load_json(path))
-        tops = [cells[-1][part]["top1"] for part in ("before", "after")]
-        print(path.stem, " -> ".join(f"{100 * top1:.2f} %" for top1 in tops), flush=True)
+    wanted = itertools.product(arguments.seeds, arguments.targets, arguments.models)
+    for seed, target, name in dict.fromkeys(
+        (one, 1.0 if name == "dense" else part, name) for one, part, name in wanted
+    ):
+        cell = _cell(subject, name, target, seed, arguments.work)
+        tops = [cell[part]["top1"] for part in ("before", "after")]
+        print(name, target, seed, " -> ".join(f"{100 * top1:.2f} %" for top1 in tops), flush=True)
     if arguments.result:
         dense = evaluate_data(subject.dense.model, subject.test, subject.dense.normalisation)
-        result = {"recipe": asdict(subject.recipe), "dense": dense._asdict(), "cells": cells}
+        cells = [load_json(path) for path in sorted((arguments.work / "cells").glob("*.json"))]
+        result = {"dense": dense._asdict(), "cells": cells}
         save_json(arguments.result, portable({**result, "environment": environment(subject.experiment.seed)}))
 
 
-def recovered(subject: Subject, name: str, target: float, seed: int, work: Path) -> dict[str, Any]:
+def _cell(subject: Subject, name: str, target: float, seed: int, work: Path) -> dict[str, Any]:
+    """A cell that is there, or is made.
+
+    Raises:
+        UserError: for one that was made from other models or by another recipe.
+    """
+    stem, source = f"{name}_{target:.2f}_{subject.recipe.epochs}_{seed}", _source(subject, name, target)
+    path = work / "cells" / f"{stem}.json"
+    if not path.is_file():
+        digest = hashlib.sha256(json.dumps(source).encode()).hexdigest()
+        found = recovered(subject, name, target, seed, work / "checkpoints" / f"{stem}_{digest[:8]}", work)
+        save_json(path, {"model": name, "target": target, "seed": seed, "source": source, **found})
+    cell = load_json(path)
+    if cell["source"] != source:
+        raise UserError(f"{path} was made from other models or by another recipe; choose another --work, or delete it")
+    return cell
+
+
+def _source(subject: Subject, name: str, target: float) -> dict[str, Any]:
+    """What a cell is made from: the recipe, and checksums of the dense and of the exported model that it needs."""
+    folders = {"dense": subject.experiment.folder / "dense"}
+    if name in ("ours", "scratch"):
+        folders["exported"] = subject.experiment.folder / "export" / f"macs-{target:.2f}"
+    elif name == "uniform":
+        folders["exported"] = subject.uniform / "export" / f"macs-{target:.2f}"
+    checksums = {model: sha256(folder / WEIGHTS) for model, folder in folders.items()}
+    return {"recipe": asdict(subject.recipe), "sha256": checksums}
+
+
+def recovered(subject: Subject, name: str, target: float, seed: int, checkpoint: Path, work: Path) -> dict[str, Any]:
     """Train one of MODELS, and judge it before and after."""
     dense = subject.dense
     model = MODELS[name](subject, target, seed).to(dense.example.device)
     before = evaluate_data(model, subject.test, dense.normalisation)
     cost = counted_cost(model, dense.image_shape)
-    checkpoint = work / "checkpoints" / f"{name}_{target:.2f}_{subject.recipe.epochs}_{seed}"
     answers = work / "answers.sqlite" if dense.example.device.type == "cpu" else None
     records = finetune(model, subject.recipe, seed, subject.splits, dense, checkpoint, answers)
     return {
@@ -150,6 +179,10 @@ MODELS: dict[str, Callable[[Subject, float, int], nn.Module]] = {
 
 def _subject(arguments: argparse.Namespace) -> Subject:
     experiment, splits, dense = load_run(arguments.run)
+    if len({sha256(run / "dense" / WEIGHTS) for run in (arguments.run, arguments.uniform)}) > 1:
+        raise UserError(
+            f"{arguments.uniform} was pruned from other weights than {arguments.run}; use the same --weights"
+        )
     test = load_images(experiment, "test")
     assert test is not None
     recipe = replace(finetuning_recipe(experiment), epochs=arguments.epochs)

@@ -32,7 +32,7 @@ def run_command(main: Callable[[], None]) -> None:
     except UserError as error:
         sys.exit(_failed(str(error)))
     except Interrupted as error:
-        again = f": {shlex.join(['python', *sys.argv])}" if launched() == 1 else ""
+        again = f": {shlex.join(_line())}" if launched() == 1 else ""
         sys.exit(_failed(f"{error}; the same command goes on{again}", status=128 + error.number))
     except (MemoryError, torch.OutOfMemoryError) as error:
         sys.exit(_failed(f"out of memory: {error}; lower --batch_size or --validation_images, or use --device cpu"))
@@ -40,6 +40,12 @@ def run_command(main: Callable[[], None]) -> None:
         place, reason = error.filename or "a file of the run", error.strerror or str(error)
         remedy = "free some space" if error.errno in _FULL else "choose another path (--output, --data_dir, --weights)"
         sys.exit(_failed(f"{place}: {reason}; {remedy}, then run the same command again: what is done is kept"))
+
+
+def _line() -> list[str]:
+    """The command as it was typed: of a file, or of a module (python -m)."""
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    return ["python", *([sys.argv[0]] if module is None else ["-m", module.name]), *sys.argv[1:]]
 
 
 def _quiet_about_files(arguments: threading.ExceptHookArgs) -> None:

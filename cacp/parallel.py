@@ -24,6 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from cacp.batchnorm import update_running_statistics, wide_batch_norms
+from cacp.schema import UserError
 
 _training = False  # within `as_one`
 _PATIENCE = timedelta(days=7)  # the others wait while the first one scores and writes
@@ -48,12 +49,19 @@ def launched() -> int:
 def following_processes() -> Iterator[bool]:
     """Connects the processes that torchrun has started. True in the first; the others do in here what they are sent,
     until the first one leaves, and then get False.
+
+    Raises:
+        UserError: for more processes than GPUs.
     """
     if launched() == 1:
         yield True
         return
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        own, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if own >= count:
+            raise UserError(f"torchrun has started more processes than there are GPUs; use --nproc_per_node {count}")
+        torch.cuda.set_device(own)
+        torch.backends.cudnn.allow_tf32 = False  # as in the first one, whose command does so
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_PATIENCE)
     try:
         if process() == 0:

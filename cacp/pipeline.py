@@ -34,6 +34,7 @@ from cacp.importance import channel_importance, channel_orders
 from cacp.locking import is_fresh, only_writer
 from cacp.models import build_model
 from cacp.own import is_own
+from cacp.parallel import launched
 from cacp.profiling import Profile
 from cacp.recipe import Recipe
 from cacp.reporting import console, show_latency_table
@@ -113,7 +114,7 @@ def select_device(name: str) -> torch.device:
     """The device of `--device`: auto takes the GPU where there is one.
 
     Raises:
-        UserError: for an unknown name, or a GPU that is not there.
+        UserError: for an unknown name, a GPU that is not there, or one for all processes of torchrun.
     """
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32: scores are compared to half a point
     if name == "auto":
@@ -121,6 +122,8 @@ def select_device(name: str) -> torch.device:
     kind, _, index = name.partition(":")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise UserError(f"device must be auto, cpu, cuda or cuda:N, but got {name!r}")
+    if index and launched() > 1:
+        raise UserError(f"under torchrun each process has a GPU of its own; use --device cuda, but got {name}")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if kind == "cuda" and int(index or 0) >= count:
         raise UserError(f"device {name} is not there: torch sees {count} CUDA devices; use --device cpu or auto")

@@ -217,7 +217,7 @@ def _batches(
         batches = order.tensor_split(recipe.steps(len(data)))[: stretch.batches]
         for indices, pixels in zip(batches, _augmented(data, batches, recipe, generator, device), strict=True):
             images = normalise(pixels.to(device), stretch.normalisation)
-            labels = data.labels[own_share(indices)].to(device)
+            labels = data.labels[own_share(indices)].to(device, non_blocking=True)
             yield images.contiguous(memory_format=torch.channels_last), labels, len(indices)
 
 

@@ -8,6 +8,7 @@ Differences from the paper's released fine-tuning:
   (`Recipe.highest_lr`); the released one, "paper", is at most 1e-5 from epoch 80 on: nothing happens in 320 of 400.
 - loss: cross-entropy -> most of it compares with what the dense model answers to the same image (`Recipe.loss`).
 - chosen epoch: the best on the test set -> the best on a validation split (`chosen_epoch`), else the last.
+- images: all -> all but those of validation and holdout, which judge.
 - precision: fp32 -> bf16 autocast where the machine computes in it; weights, optimiser and evaluation stay fp32.
 - batches: a smaller last one -> ceil(N / batch_size) batches an epoch whose sizes differ by at most 1.
 
@@ -163,7 +164,7 @@ def fit(
     if validation is not None:
         check_batching("validation", len(validation), recipe.batch_size)
     resolve_precision(recipe.precision, device_of(model))  # refuses now what the first epoch would
-    job = _Job(images, validation, normalisation, recipe, seed, after_epoch)
+    job = _Job(images.on(device_of(model)), validation, normalisation, recipe, seed, after_epoch)
     if (teacher is not None) != (recipe.distillation > 0):
         raise UserError(f"distillation needs a teacher, and a teacher distillation, but got {recipe.distillation=}")
     model.to(memory_format=torch.channels_last)
@@ -235,6 +236,7 @@ def _run_epoch(state: FitState, job: _Job, epoch: int) -> EpochRecord:
 
 
 def _check_settings(folder: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+    saved = asdict(Recipe(epochs=1)) | saved  # one of an older version lacks settings
     differing = [
         f"{key} (checkpoint {saved.get(key)!r}, now {wanted.get(key)!r})"
         for key in sorted(saved.keys() | wanted.keys())

@@ -53,6 +53,17 @@ def test_batches_and_subsets_of_subsets() -> None:
     assert part.labels.dtype == torch.int64
 
 
+@pytest.mark.parametrize("device", ["meta", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_images_in_memory_are_copied_to_a_device_and_cut_there(device: str) -> None:
+    pixels = torch.arange(5 * 3 * 2 * 2, dtype=torch.uint8).view(5, 3, 2, 2)
+    data = ImageData(pixels, torch.arange(5), tuple("abcde")).subset(torch.tensor([4, 2, 0]))
+    moved = data.on(torch.device(device))
+    batch = moved.batch(torch.tensor([2, 1]))
+    assert (batch.device.type, batch.shape, moved.labels.tolist()) == (device, (2, 3, 2, 2), [4, 2, 0])
+    assert device == "meta" or batch.cpu().equal(pixels[[0, 2]])
+    assert data.on(torch.device("cpu")) is data
+
+
 def test_labels_that_do_not_fit_are_refused() -> None:
     pixels = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
     with pytest.raises(UserError, match=r"labels of shape \(3,\) for 2 images and labels from 0 to 5 for 2 classes"):

@@ -11,10 +11,11 @@ import pytest
 
 from benchmarks import finetuning_speed, recipes, recovery
 from benchmarks.exported_run import finetune, load_run
-from cacp.checkpoint import load_json
+from cacp.checkpoint import load_json, save_json
 from cacp.data import load_dataset
 from cacp.pipeline import load_exported
 from cacp.recipe import Recipe
+from cacp.schema import UserError
 
 
 def result_of(benchmark: ModuleType, path: Path, monkeypatch: pytest.MonkeyPatch, *words: object) -> dict[str, Any]:
@@ -66,7 +67,7 @@ def test_recovery_compares_models_of_equal_cost_and_the_dense_one(
     result = result_of(recovery, tmp_path / "recovery.json", monkeypatch, *words)
     cells = {(cell["model"], cell["target"]): cell for cell in result["cells"]}
     assert len(cells) == 5 * 2 + 1  # the dense model once
-    dense = cells["dense", 0.5]
+    dense = cells["dense", 1.0]
     assert dense["before"] == result["dense"]
     for (name, target), cell in cells.items():
         if name != "dense":
@@ -74,6 +75,15 @@ def test_recovery_compares_models_of_equal_cost_and_the_dense_one(
     assert cells["scratch", 0.5]["cost"] == cells["ours", 0.5]["cost"]
     assert cells["scratch", 0.5]["before"]["top1"] < 0.3 < cells["ours", 0.5]["before"]["top1"]
     assert cells["tp-l1", 0.3]["cost"] != cells["tp-group-norm", 0.3]["cost"]
+    monkeypatch.setattr(recovery, "recovered", None)  # all are there
+    again = result_of(recovery, tmp_path / "again.json", monkeypatch, *words, "--models", "ours", "--targets", 0.3)
+    assert again["cells"] == result["cells"]
+    path = tmp_path / "cells" / "ours_0.30_1_0.json"
+    cell = load_json(path)
+    cell["source"]["recipe"]["lr"] = 0.07
+    save_json(path, cell)
+    with pytest.raises(UserError, match=r"ours_0.30_1_0\.json was made from other models or by another recipe"):
+        result_of(recovery, tmp_path / "other.json", monkeypatch, *words, "--models", "ours", "--targets", 0.3)
 
 
 def test_what_the_dense_model_said_is_kept_for_other_models(finished: Path, tmp_path: Path) -> None:
@@ -108,7 +118,9 @@ def test_speed_is_of_the_same_images_for_all(finished: Path, tmp_path: Path, mon
         "plain, in this process",
         "torchvision",
     ]
-    for name, speed in speeds.items():
-        ratio = speeds["ours"]["median"] / speed["median"]
-        assert result["times_as_fast"][name]["median"] == pytest.approx(ratio, rel=1e-6)
+    for ours, ratios in result["times_as_fast"].items():
+        assert {name: one["median"] for name, one in ratios.items()} == pytest.approx(
+            {name: speeds[ours]["median"] / speed["median"] for name, speed in speeds.items()}, rel=1e-6
+        )
+    assert list(result["times_as_fast"]) == ["ours", "ours, distilled"]
     assert (result["images"], result["batch_size"]) == (300, 64)

@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 import time
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
@@ -58,11 +59,14 @@ def test_a_command_says_how_to_go_on(
     number: int, status: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["finetune.py", "runs/a b", "--epochs", "3"])
-    with pytest.raises(SystemExit) as ended:
-        run_command(lambda: os.kill(os.getpid(), number))
-    assert ended.value.code == status
-    told = capsys.readouterr().err
-    assert told == "interrupted; the same command goes on: python finetune.py 'runs/a b' --epochs 3\n"
+    typed = ModuleSpec("benchmarks.recovery", None)
+    for module, line in ((None, "finetune.py"), (typed, "-m benchmarks.recovery")):
+        monkeypatch.setattr(sys.modules["__main__"], "__spec__", module)
+        with pytest.raises(SystemExit) as ended:
+            run_command(lambda: os.kill(os.getpid(), number))
+        assert ended.value.code == status
+        told = capsys.readouterr().err
+        assert told == f"interrupted; the same command goes on: python {line} 'runs/a b' --epochs 3\n"
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(SystemExit):
         run_command(lambda: os.kill(os.getpid(), number))

@@ -129,12 +129,13 @@ def test_a_square_is_erased_anywhere() -> None:
     assert torch.equal(augment(images, torch.Generator().manual_seed(0), 0, False), images)
 
 
-def test_the_papers_fine_tuning_is_three_flags_away_from_the_default() -> None:
+def test_the_papers_fine_tuning_is_four_flags_away_from_the_default() -> None:
     words = ["--config", "configs/cifar10_resnet56.yaml"]
     default = finetuning_recipe(experiment_from(parse("pretrain", "", words)))
     assert (default.epochs, default.lr, default.schedule, default.distillation) == (400, None, "cosine", 0.9)
-    words += ["--finetune_lr", "0.1", "--finetune_schedule", "paper", "--finetune_distillation", "0"]
+    words += ["--finetune_lr", "0.1", "--finetune_schedule", "paper", "--precision", "fp32"]
+    words += ["--finetune_distillation", "0"]
     paper = finetuning_recipe(experiment_from(parse("pretrain", "", words)))
-    assert paper == Recipe(epochs=400, lr=0.1, momentum=0.9, weight_decay=1e-4, batch_size=256, schedule="paper")
+    assert paper == Recipe(400, 0.1, 0.9, weight_decay=1e-4, batch_size=256, schedule="paper", precision="fp32")
     with pytest.raises(UserError, match=r"finetune_distillation must be in \[0, 1\], but got 1.5"):
         experiment_from(parse("pretrain", "", [*words[:-1], "1.5"]))

@@ -12,7 +12,7 @@ from conftest import assert_equal_weights, bars, snapshot, tiny_cnn
 from torch import nn
 
 from cacp import steps
-from cacp.checkpoint import load_state
+from cacp.checkpoint import load_state, save_state
 from cacp.data import ImageData
 from cacp.evaluation import evaluate_data
 from cacp.recipe import Recipe
@@ -234,6 +234,19 @@ def test_a_checkpoint_of_another_recipe_or_seed_is_refused_by_the_call(tmp_path:
         assert part in message
     assert "momentum" not in message
     assert_equal_weights(snapshot(model), before)
+
+
+def test_a_checkpoint_of_a_version_with_fewer_settings_goes_on(tmp_path: Path) -> None:
+    next(fit(tiny_cnn(), bars(64), None, NORMALISATION, RECIPE, 0, checkpoint_dir=tmp_path))
+    saved = load_state(tmp_path)
+    assert saved is not None
+    for lacking in ("ema_decay", "nesterov"):
+        del saved.data["settings"][lacking]
+    save_state(tmp_path, saved.tensors, saved.data)
+    assert len(list(fit(tiny_cnn(), bars(64), None, NORMALISATION, RECIPE, 0, checkpoint_dir=tmp_path))) == 5
+    other = replace(RECIPE, nesterov=True)
+    with pytest.raises(UserError, match=r"nesterov \(checkpoint False, now True\)"):
+        fit(tiny_cnn(), bars(64), None, NORMALISATION, other, 0, checkpoint_dir=tmp_path)
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ torchrun --standalone --nproc_per_node 2 tests/trained_in_parallel.py OUTPUT
 """
 
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -36,9 +37,11 @@ def results(folder: Path) -> dict[str, Tensor]:
     data = digits.subset(torch.arange(3 * BATCH - 1))
     normalisation = channel_statistics(data)
     recipe = Recipe(epochs=2, lr=0.02, batch_size=BATCH, schedule="step", precision="fp32")
-    model = build_model("resnet20", 10, seed=0).double()
-    model.register_forward_pre_hook(in_double)
-    records = list(fit(model, data, data, normalisation, recipe, 1, folder / "fit"))
+    model, teacher = (build_model("resnet20", 10, seed).double() for seed in (0, 1))
+    for network in (model, teacher):
+        network.register_forward_pre_hook(in_double)
+    taught = replace(recipe, distillation=0.5)
+    records = list(fit(model, data, data, normalisation, taught, 1, folder / "fit", teacher=teacher))
     found = {f"fit {name}": tensor for name, tensor in model.state_dict().items()}
     found["fit losses"] = torch.tensor([[record.train_loss, record.train_top1] for record in records])
 

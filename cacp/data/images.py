@@ -5,6 +5,7 @@ Letters: N images of a set, B of a batch, C channels, H x W pixels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
@@ -59,7 +60,7 @@ class MemoryImages:
         return len(self.pixels)
 
     def batch(self, positions: Tensor) -> Tensor:
-        return self.pixels.index_select(0, positions)
+        return self.pixels.index_select(0, positions.to(self.pixels.device, non_blocking=True))
 
 
 class ImageData:
@@ -103,13 +104,23 @@ class ImageData:
         return len(self.labels)
 
     def batch(self, indices: Tensor) -> Tensor:
-        """The images at `indices` (B,) int64, as uint8 (B, C, H, W) on the CPU.
+        """The images at `indices` (B,) int64, as uint8 (B, C, H, W), on the CPU but for a set made by `on`.
 
         Raises:
             UserError: listing files that cannot be decoded, where images are read on demand.
         """
         indices = indices.to("cpu", torch.int64)
         return self._store.batch(indices if self._positions is None else self._positions[indices])
+
+    def on(self, device: torch.device) -> ImageData:
+        """The same set with images that lie in memory copied to a GPU, if they take at most a quarter of what is free
+        there; else, and for images in files, this set.
+        """
+        if device.type == "cpu" or not isinstance(self._store, MemoryImages):
+            return self
+        if device.type == "cuda" and 4 * len(self) * math.prod(self.image_shape) > torch.cuda.mem_get_info(device)[0]:
+            return self
+        return ImageData(self.batch(torch.arange(len(self))).to(device), self.labels, self.classes)
 
     def cropped(
         self, batches: Sequence[Tensor], generator: torch.Generator, flip: bool, share: Share = lambda batch: batch

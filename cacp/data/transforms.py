@@ -38,10 +38,10 @@ def normalise(images: Tensor, normalisation: Normalisation, device: torch.device
             "normalise takes uint8 images and, for each of their channels, a mean and a std above 0, "
             f"but got {images.dtype} images of {channels} channels, {mean=}, {std=}; give mean and std of the weights"
         )
-    scale = torch.tensor([1 / (255 * value) for value in std], device=device or images.device)
-    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device or images.device)
+    factors = [1 / (255 * value) for value in std], [-m / s for m, s in zip(mean, std, strict=True)]
     floats = images.to(device or images.device).to(torch.float32)  # (B, C, H, W)
-    return floats.mul_(scale.view(1, -1, 1, 1)).add_(shift.view(1, -1, 1, 1))
+    scale, shift = torch.tensor(factors).to(floats.device, non_blocking=True).view(2, 1, -1, 1, 1)
+    return floats.mul_(scale).add_(shift)
 
 
 def channel_statistics(data: ImageData) -> Normalisation:
@@ -97,7 +97,9 @@ def augment(images: Tensor, generator: torch.Generator, padding: int, flip: bool
         columns = torch.where(flipped, width - 1 - columns, columns)  # (B, W)
     columns = columns + shift[1]  # (B, W)
     padded = F.pad(images, (padding,) * 4)  # (B, C, H + 2 padding, W + 2 padding)
-    rows, columns = rows.to(images.device), columns.to(images.device)  # small, before they are made large
+    rows, columns = (  # small, before they are made large
+        one.to(images.device, non_blocking=True) for one in (rows, columns)
+    )
     pixels = rows[:, :, None] * padded.shape[3] + columns[:, None, :]  # (B, H, W), places in a flattened channel
     pixels = pixels.view(batch, 1, -1).expand(batch, channels, -1)
     cropped = padded.reshape(batch, channels, -1).gather(2, pixels).view(batch, channels, height, width)
