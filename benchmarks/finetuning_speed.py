@@ -15,14 +15,13 @@ All train the same exported model of RUN, in mini-batches of the run's size, one
 
 import argparse
 import copy
-import itertools
 import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
-from multiprocessing.pool import Pool
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
@@ -62,26 +61,21 @@ def main() -> None:
     images = ImageData(splits.train.batch(taken), splits.train.labels[taken], splits.train.classes)
     taught = replace(finetuning_recipe(experiment), epochs=1)
     recipe = replace(taught, distillation=0.0)
-    pool = _pool(arguments.at_once)
-    systems: dict[str, Round] = {
-        OURS: lambda: ours(copy.deepcopy(model), images, normalisation, recipe),
-        f"{OURS}, fp32": lambda: ours(copy.deepcopy(model), images, normalisation, replace(recipe, precision="fp32")),
-        DISTILLED: lambda: ours(copy.deepcopy(model), images, normalisation, taught, dense.model),
-        f"{OURS}, {arguments.at_once} at once": lambda: at_once(
-            pool, arguments.at_once, model, images, normalisation, recipe
-        ),
-        "plain": lambda: plain(copy.deepcopy(model), images, normalisation, recipe, WORKERS),
-        "plain, in this process": lambda: plain(copy.deepcopy(model), images, normalisation, recipe, 0),
-        "torchvision": lambda: reference(copy.deepcopy(model), images, normalisation, recipe, WORKERS),
-    }
-    speeds: dict[str, list[float]] = {name: [] for name in systems}
-    for number in range(arguments.rounds + 1):  # the first warms up
-        for name, run in systems.items():
-            speed = run()
-            if number:
-                speeds[name].append(speed)
-            print(number, name, f"{speed:.0f} images/s", flush=True)
-    pool.terminate()
+    with _pool(arguments.at_once) as pool:
+        systems: dict[str, Round] = {
+            OURS: lambda: ours(copy.deepcopy(model), images, normalisation, recipe),
+            f"{OURS}, fp32": lambda: ours(
+                copy.deepcopy(model), images, normalisation, replace(recipe, precision="fp32")
+            ),
+            DISTILLED: lambda: ours(copy.deepcopy(model), images, normalisation, taught, dense.model),
+            f"{OURS}, {arguments.at_once} at once": lambda: at_once(
+                pool, arguments.at_once, model, images, normalisation, recipe
+            ),
+            "plain": lambda: plain(copy.deepcopy(model), images, normalisation, recipe, WORKERS),
+            "plain, in this process": lambda: plain(copy.deepcopy(model), images, normalisation, recipe, 0),
+            "torchvision": lambda: reference(copy.deepcopy(model), images, normalisation, recipe, WORKERS),
+        }
+        speeds = measured(systems, arguments.rounds)
     result = {
         "images_per_second": {name: spread(values) for name, values in speeds.items()},
         "times_as_fast": {ours: ratios(speeds, ours) for ours in (OURS, DISTILLED)},
@@ -94,6 +88,18 @@ def main() -> None:
     print({name: round(statistics.median(values)) for name, values in speeds.items()})
     if arguments.result:
         save_json(arguments.result, portable(result))
+
+
+def measured(systems: Mapping[str, Round], rounds: int) -> dict[str, list[float]]:
+    """Images a second of every system in every round, in turn; a round before these warms up."""
+    speeds: dict[str, list[float]] = {name: [] for name in systems}
+    for number in range(rounds + 1):
+        for name, run in systems.items():
+            speed = run()
+            if number:
+                speeds[name].append(speed)
+            print(number, name, f"{speed:.0f} images/s", flush=True)
+    return speeds
 
 
 def ratios(speeds: Mapping[str, Sequence[float]], ours: str) -> dict[str, Any]:
@@ -112,11 +118,11 @@ def ours(
 
 
 def at_once(
-    pool: Pool, count: int, model: nn.Module, images: ImageData, normalisation: Normalisation, recipe: Recipe
+    pool: Executor, count: int, model: nn.Module, images: ImageData, normalisation: Normalisation, recipe: Recipe
 ) -> float:
     """`ours` in all processes of the pool, which begin together."""
-    work = itertools.repeat((copy.deepcopy(model).cpu(), device_of(model), images, normalisation, recipe), count)
-    return sum(pool.starmap(_one_of_several, work, chunksize=1))
+    work = copy.deepcopy(model).cpu(), device_of(model), images, normalisation, recipe
+    return sum(future.result() for future in [pool.submit(_one_of_several, *work) for _ in range(count)])
 
 
 def _one_of_several(
@@ -127,9 +133,10 @@ def _one_of_several(
     return ours(model, images, normalisation, recipe)
 
 
-def _pool(count: int) -> Pool:
+def _pool(count: int) -> Executor:
     context = get_context("spawn")
-    return context.Pool(count, _share_machine, (context.Barrier(count), max(1, (os.cpu_count() or 1) // count)))
+    threads = max(1, (os.cpu_count() or 1) // count)
+    return ProcessPoolExecutor(count, context, _share_machine, (context.Barrier(count), threads))
 
 
 def _share_machine(start: Barrier, threads: int) -> None:
