@@ -41,7 +41,7 @@ def start(command: str, *arguments: object, file_limit: int | None = None) -> su
 def run(command: str, *arguments: object, status: int = 0, file_limit: int | None = None) -> str:
     """Run an entry point as a process; its output, or its error text where it must fail."""
     process = start(command, *arguments, file_limit=file_limit)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=900)  # only a guard: a busy machine is ten times as slow
     assert process.returncode == status, out + err
     assert "Traceback" not in err, err
     return out if status == 0 else err

@@ -86,7 +86,7 @@ def test_a_search_ends_its_episode_saves_it_and_says_how_to_go_on(
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(number)
-    err = process.communicate(timeout=120)[1]
+    err = process.communicate(timeout=600)[1]
     played = len(rows(folder))
     assert process.returncode == status and "Traceback" not in err
     assert "ending after this episode" in err

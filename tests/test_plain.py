@@ -86,7 +86,7 @@ def test_shipped_networks_are_bit_equal_where_this_project_cannot_be_imported(
         folders.append(folder)
     reader = subprocess.run(
         [sys.executable, "-I", "-W", "error", "-c", READER, *map(str, folders)],
-        cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        cwd=tmp_path, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert (reader.returncode, reader.stderr) == (0, "")
     for folder in folders:

@@ -328,7 +328,7 @@ def shot(page: str, picture: Path, width: int, *flags: str) -> str:
     line = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=10000"]
     line += [f"--window-size={width},1400", *flags]
     for action in (f"--screenshot={picture}", "--dump-dom"):
-        done = subprocess.run([*line, action, page], check=True, capture_output=True, timeout=120, text=True)
+        done = subprocess.run([*line, action, page], check=True, capture_output=True, timeout=600, text=True)
     return done.stdout
 
 

@@ -57,7 +57,7 @@ def test_a_search_killed_at_random_moments_ends_in_the_same_bits(finished: Path,
 def begun(folder: Path, *arguments: object) -> subprocess.Popen[str]:
     """A search that has imported all and now works on the folder."""
     process = start("search", *arguments, folder)
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 900
     while not (folder / HOLDER).exists() or json.loads((folder / HOLDER).read_text())["pid"] != process.pid:
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.01)
