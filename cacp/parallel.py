@@ -57,10 +57,10 @@ def following_processes() -> Iterator[bool]:
         yield True
         return
     if torch.cuda.is_available():
-        own, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if own >= count:
+        count = torch.cuda.device_count()
+        if int(os.environ["LOCAL_WORLD_SIZE"]) > count:  # seen by all, of which the first one tells
             raise UserError(f"torchrun has started more processes than there are GPUs; use --nproc_per_node {count}")
-        torch.cuda.set_device(own)
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.backends.cudnn.allow_tf32 = False  # as in the first one, whose command does so
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_PATIENCE)
     try:

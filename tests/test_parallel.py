@@ -14,6 +14,9 @@ from running import ROOT, TINY, run
 from torch import Tensor
 
 from cacp.checkpoint import load_json
+from cacp.parallel import following_processes
+from cacp.pipeline import select_device
+from cacp.schema import UserError
 
 
 def torchrun(*arguments: object) -> str:
@@ -39,6 +42,18 @@ def difference(one: Tensor, two: Tensor) -> float:
     if one.shape != two.shape:
         return float("inf")
     return float((one.double() - two.double()).abs().max() / one.double().abs().max().clamp_min(1e-3))
+
+
+def test_a_process_without_a_gpu_of_its_own_is_refused_by_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="each process has a GPU of its own; use --device cuda, but got cuda:0"):
+        select_device("cuda:0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    refusal = pytest.raises(UserError, match="more processes than there are GPUs; use --nproc_per_node 1")
+    with refusal, following_processes():
+        pass
 
 
 @pytest.mark.slow
