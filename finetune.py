@@ -28,7 +28,7 @@ from cacp.exporting import WEIGHTS, checksums, finished, load_architecture, save
 from cacp.locking import only_writer
 from cacp.pipeline import check_run, finetuning_recipe, load_exported, load_images, load_splits, select_device
 from cacp.policies import load_policies
-from cacp.recipe import Recipe
+from cacp.recipe import Recipe, saved_settings
 from cacp.reporting import console, millions, percent, show_files, table, track_training
 from cacp.schema import UserError
 from cacp.shipping import forms_of, ship, unshipped
@@ -104,7 +104,7 @@ def refuse_others(folders: Mapping[str, Path], sources: Mapping[str, dict[str, A
     wrong = []
     for name, here in sources.items():
         path = folders[name] / SOURCE
-        there = asdict(Recipe(epochs=1)) | load_json(path, {"weights_sha256": str}) if path.is_file() else here
+        there = saved_settings(load_json(path, {"weights_sha256": str})) if path.is_file() else here
         different = [f"{key}: {there[key]!r} -> {here[key]!r}" for key in here if there[key] != here[key]]
         if different:
             wrong.append("\n  ".join([f"{folders[name]}:", *different]))

@@ -6,7 +6,8 @@ Letters: B batch, K classes.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -102,6 +103,11 @@ class Recipe:
         answers, wanted = (F.log_softmax(one.float() / self.temperature, 1) for one in (logits, taught))
         difference = F.kl_div(answers, wanted, reduction="batchmean", log_target=True) * self.temperature**2
         return torch.lerp(loss, difference, self.distillation)
+
+
+def saved_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's settings, and others, as a file holds them; those that an older version did not know have defaults."""
+    return {**asdict(Recipe(epochs=1)), **settings}
 
 
 def sgd_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:

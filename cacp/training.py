@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from cacp.checkpoint import UNFIT, SavedState, load_state, pack, save_state, unpack
 from cacp.data import ImageData
 from cacp.evaluation import check_batching, device_of, evaluate_data, resolve_precision
-from cacp.recipe import Recipe, moving_average, sgd_optimizer
+from cacp.recipe import Recipe, moving_average, saved_settings, sgd_optimizer
 from cacp.schema import Normalisation, UserError
 from cacp.steps import Learner, Stretch, check_finite, diverged, train
 
@@ -236,7 +236,7 @@ def _run_epoch(state: FitState, job: _Job, epoch: int) -> EpochRecord:
 
 
 def _check_settings(folder: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
-    saved = asdict(Recipe(epochs=1)) | saved  # one of an older version lacks settings
+    saved = saved_settings(saved)
     differing = [
         f"{key} (checkpoint {saved.get(key)!r}, now {wanted.get(key)!r})"
         for key in sorted(saved.keys() | wanted.keys())
