@@ -1,4 +1,5 @@
-"""Fine-tune every exported model of a run, one after another; the test set is read once, at the end of each.
+"""Fine-tune every exported model of a run, one after another or side by side; the test set is read once, at the end of
+each.
 
     python finetune.py runs/digits_resnet56
 
@@ -9,11 +10,11 @@ events, checkpoint/. Run again, it skips what is done and goes on with the rest.
 
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import as_completed
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from cacp.checkpoint import load_json, save_json, sha256
@@ -26,6 +27,7 @@ from cacp.evaluation import device_of, evaluate_data
 from cacp.experiment import Experiment
 from cacp.exporting import WEIGHTS, checksums, finished, load_architecture, save_pruned
 from cacp.locking import only_writer
+from cacp.parallel import launched
 from cacp.pipeline import check_run, finetuning_recipe, load_exported, load_images, load_splits, select_device
 from cacp.policies import load_policies
 from cacp.recipe import Recipe, saved_settings
@@ -34,6 +36,7 @@ from cacp.schema import UserError
 from cacp.shipping import forms_of, ship, unshipped
 from cacp.sweep import load_sweep, save_sweep
 from cacp.training import EpochRecord, chosen_epoch, fit
+from cacp.workers import workers
 
 SOURCE = "source.json"  # beside what was made from it
 _COST = {"macs": int, "params": int}
@@ -49,7 +52,7 @@ RESULT = {
 
 def main() -> None:
     experiment = experiment_from(parse("finetune", __doc__, sys.argv[1:], run_argument=True))
-    device = select_device(experiment.device)
+    check_machine(experiment)
     exports = [experiment.folder / "export" / record.budget.name for record in load_policies(experiment.folder)]
     missing = [export.name for export in exports if not finished(export, "report.json")]
     if missing:
@@ -63,31 +66,50 @@ def main() -> None:
     done = all(finished(one, "result.json") and is_shipped(experiment, one) for one in folders.values())
     if not done or load_sweep(experiment.folder):
         with only_writer(experiment.folder):
-            finetune_all(experiment, recipe, exports, folders, device)
+            finetune_all(experiment, recipe, exports, folders)
     show_results(
         {name: load_json(folder / "result.json", RESULT) for name, folder in folders.items()}, experiment.folder
     )
 
 
-def finetune_all(
-    experiment: Experiment, recipe: Recipe, exports: Sequence[Path], folders: Mapping[str, Path], device: torch.device
-) -> None:
+def check_machine(experiment: Experiment) -> None:
+    """Refuse a device that is not there, and models side by side where all processes train each model together."""
+    select_device(experiment.device)
+    if launched() > 1 and experiment.finetune_at_once > 1:
+        raise UserError("under torchrun all processes train one model together; leave out --finetune_at_once")
+
+
+def finetune_all(experiment: Experiment, recipe: Recipe, exports: Sequence[Path], folders: Mapping[str, Path]) -> None:
     """Fine-tune the exported models that are not, each into the folder of its name, and draw the plots of a sweep."""
     waiting = [export for export in exports if not finished(folders[export.name], "result.json")]
     for export in waiting:
         save_json(folders[export.name] / SOURCE, source_of(export, recipe))  # reserves the folder
-    if waiting:
-        splits = load_splits(experiment)
-        dense = load_dense(experiment, splits, device)
-        recipe = replace(recipe, lr=recipe.highest_lr(len(splits.train)))
-    for export in waiting:
-        folder = folders[export.name]
-        model, records = train(experiment, recipe, export, folder, splits, dense)
-        finish(experiment, recipe, export, folder, model, records, dense)
+    at_once = min(experiment.finetune_at_once, len(exports))  # not of those that wait: as many threads when it goes on
+    if at_once == 1:
+        finetune_in_turn(experiment, recipe, waiting, folders)
+    else:
+        with workers(at_once) as pool:
+            work = [pool.submit(finetune_in_turn, experiment, recipe, [export], folders) for export in waiting]
+            for ended in as_completed(work):
+                ended.result()
     for folder in folders.values():
         complete(experiment, folder)
     if rows := load_sweep(experiment.folder):
         save_sweep(experiment.folder, rows)
+
+
+def finetune_in_turn(
+    experiment: Experiment, recipe: Recipe, exports: Sequence[Path], folders: Mapping[str, Path]
+) -> None:
+    if not exports:
+        return
+    splits = load_splits(experiment)
+    dense = load_dense(experiment, splits, select_device(experiment.device))
+    recipe = replace(recipe, lr=recipe.highest_lr(len(splits.train)))
+    for export in exports:
+        folder = folders[export.name]
+        model, records = train(experiment, recipe, export, folder, splits, dense)
+        finish(experiment, recipe, export, folder, model, records, dense)
 
 
 def source_of(export: Path, recipe: Recipe) -> dict[str, Any]:

@@ -19,10 +19,8 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Executor
 from dataclasses import replace
-from multiprocessing import get_context
-from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +44,7 @@ from cacp.pipeline import finetuning_recipe, load_exported
 from cacp.recipe import Recipe
 from cacp.schema import Normalisation
 from cacp.training import fit
+from cacp.workers import workers
 
 OURS, DISTILLED = "ours", "ours, distilled"
 WORKERS = os.cpu_count() or 1  # that read images for the others
@@ -61,7 +60,7 @@ def main() -> None:
     images = ImageData(splits.train.batch(taken), splits.train.labels[taken], splits.train.classes)
     taught = replace(finetuning_recipe(experiment), epochs=1)
     recipe = replace(taught, distillation=0.0)
-    with _pool(arguments.at_once) as pool:
+    with workers(arguments.at_once) as pool:
         systems: dict[str, Round] = {
             OURS: lambda: ours(copy.deepcopy(model), images, normalisation, recipe),
             f"{OURS}, fp32": lambda: ours(
@@ -120,7 +119,7 @@ def ours(
 def at_once(
     pool: Executor, count: int, model: nn.Module, images: ImageData, normalisation: Normalisation, recipe: Recipe
 ) -> float:
-    """`ours` in all processes of the pool, which begin together."""
+    """`ours` in all processes of the pool, which the first round has started."""
     work = copy.deepcopy(model).cpu(), device_of(model), images, normalisation, recipe
     return sum(future.result() for future in [pool.submit(_one_of_several, *work) for _ in range(count)])
 
@@ -128,21 +127,7 @@ def at_once(
 def _one_of_several(
     model: nn.Module, device: torch.device, images: ImageData, normalisation: Normalisation, recipe: Recipe
 ) -> float:
-    model.to(device)
-    _start.wait()
-    return ours(model, images, normalisation, recipe)
-
-
-def _pool(count: int) -> Executor:
-    context = get_context("spawn")
-    threads = max(1, (os.cpu_count() or 1) // count)
-    return ProcessPoolExecutor(count, context, _share_machine, (context.Barrier(count), threads))
-
-
-def _share_machine(start: Barrier, threads: int) -> None:
-    global _start
-    _start = start
-    torch.set_num_threads(threads)
+    return ours(model.to(device), images, normalisation, recipe)
 
 
 def plain(model: nn.Module, images: ImageData, normalisation: Normalisation, recipe: Recipe, workers: int) -> float:

@@ -142,6 +142,9 @@ class Experiment:
     finetune_distillation: float = _setting(
         0.9, FINETUNE, "part of the loss that compares with the dense model's outputs, from 0 (none) to 1"
     )
+    finetune_at_once: int = _setting(
+        1, FINETUNE, "models that train side by side, in processes that share the CPU's cores or the GPU"
+    )
 
     def __post_init__(self) -> None:
         empty = [
@@ -247,6 +250,7 @@ def _wrong_numbers(experiment: Experiment) -> list[str]:
         "pretrain_epochs",
         "episodes",
         "finetune_epochs",
+        "finetune_at_once",
         "channel_multiple",
         "latency_batch",
         "method_epochs",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,8 @@ class ProgressLine:
     def __init__(self, title: str, total: int, done: int = 0) -> None:
         self._title, self._total, self._first, self._done = title, total, done, done
         self._start = time.monotonic()
-        self._bar = _Bar(disable=not console.is_terminal)
+        self._drawn = console.is_terminal and parent_process() is None  # processes side by side write lines
+        self._bar = _Bar(disable=not self._drawn)
         self._task = self._bar.add_task(title, total=total, completed=done)
 
     def __enter__(self) -> ProgressLine:
@@ -72,7 +74,7 @@ class ProgressLine:
         left = (seconds or (now - self._start) / steps) * (self._total - self._done)
         self._bar.status = status
         self._bar.update(self._task, advance=1, ends=now + left)
-        if not console.is_terminal and (steps in (1, 10) or self._done % share == 0 or self._done == self._total):
+        if not self._drawn and (steps in (1, 10) or self._done % share == 0 or self._done == self._total):
             shown = f"{status}, {duration(left)} left" if status else f"{duration(left)} left"
             console.print(f"{self._title} {self._done}/{self._total} {shown}", soft_wrap=True)
 

@@ -21,6 +21,7 @@ from cacp import latency_table
 from cacp.experiment import Experiment
 from cacp.history import Episode
 from cacp.parsing import LARGEST_JSON, LARGEST_NUMBER, LARGEST_YAML, bounded, parse_json, parse_settings, read_text
+from cacp.recipe import saved_settings
 from cacp.schema import Budget, PolicyRecord, UserError
 from cacp.sweep import SweepRow, load_sweep
 
@@ -302,7 +303,7 @@ def _model_stages(run: RunFolder) -> list[Stage]:
 
 def _recipe_flags(run: RunFolder) -> list[str]:
     """Flags that a fine-tuning had which has begun, since another recipe would be refused."""
-    recipe = next((model.tuning for model in run.models if model.tuning), {})
+    recipe = next((saved_settings(model.tuning) for model in run.models if model.tuning), {})
     settings = {key: f"finetune_{key}" for key in ("epochs", "lr", "schedule", "distillation")}
     return [
         f"--{setting}={'null' if recipe[key] is None else recipe[key]}"

@@ -257,6 +257,26 @@ def rows_written(folder: Path) -> int:
     return sum(path.stat().st_size for path in (folder / "finetune").glob("*/epochs.csv"))
 
 
+def test_models_side_by_side_are_those_in_turn(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "side_by_side"
+    shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("finetune", "search"))
+    out = run("finetune", folder, "--finetune_at_once=2")
+    for name in ("macs-0.30", "macs-0.50", "macs-0.70"):
+        assert f"finetune {name} 1/1 loss" in out
+        weights = [(run / "finetune" / name / "model.safetensors").read_bytes() for run in (finished, folder)]
+        assert weights[0] == weights[1]
+
+
+def test_an_error_of_one_model_is_the_message_of_all(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("finetune", "search"))
+    checkpoint = folder / "finetune" / "macs-0.50" / "checkpoint"
+    shutil.copytree(finished / "finetune" / "macs-0.50" / "checkpoint", checkpoint)
+    told = run("finetune", folder, "--epochs=2", "--finetune_at_once=3", status=2)
+    assert told.startswith("error: the checkpoint in ") and "epochs (checkpoint 1, now 2)" in told
+    assert told.count("error:") == 1
+
+
 @pytest.mark.slow
 def test_fine_tuning_killed_again_and_again_ends_with_the_same_weights(finished: Path, tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -264,9 +284,9 @@ def test_fine_tuning_killed_again_and_again_ends_with_the_same_weights(finished:
         shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("finetune", "search"))
     run("finetune", whole, "--epochs=6")
     moments = random.Random(0)
-    for _ in range(5):
+    for kill in range(5):
         before = rows_written(broken)
-        process = start("finetune", broken, "--epochs=6")
+        process = start("finetune", broken, "--epochs=6", f"--finetune_at_once={1 + kill % 3}")
         while rows_written(broken) <= before:  # at least an epoch each, however slow the machine is
             assert process.poll() is None
             time.sleep(0.01)

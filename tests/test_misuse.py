@@ -82,6 +82,7 @@ def test_a_method_and_a_search_do_not_share_a_folder(call: Call, finished: Path)
         ("search", ["--output=x", "--model=my_net.build"], ["package.module:function", "'my_net.build'"]),
         ("search", ["--output=x", "--min_keep=0"], ["min_keep must be above 0, but got 0.0"]),
         ("search", ["--output=x", "--channel_multiple=0"], ["channel_multiple must be above 0, but got 0"]),
+        ("search", ["--output=x", "--finetune_at_once=0"], ["finetune_at_once must be above 0, but got 0"]),
         (
             "export",
             ["--output=x", "--forms", "onnx", "tflite"],

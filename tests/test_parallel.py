@@ -14,9 +14,11 @@ from running import ROOT, TINY, run
 from torch import Tensor
 
 from cacp.checkpoint import load_json
+from cacp.experiment import Experiment
 from cacp.parallel import following_processes
 from cacp.pipeline import select_device
 from cacp.schema import UserError
+from finetune import check_machine
 
 
 def torchrun(*arguments: object) -> str:
@@ -49,6 +51,8 @@ def test_a_process_without_a_gpu_of_its_own_is_refused_by_all(monkeypatch: pytes
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="each process has a GPU of its own; use --device cuda, but got cuda:0"):
         select_device("cuda:0")
+    with pytest.raises(UserError, match="train one model together; leave out --finetune_at_once"):
+        check_machine(Experiment(output="x", device="cpu", finetune_at_once=2))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     refusal = pytest.raises(UserError, match="more processes than there are GPUs; use --nproc_per_node 1")

@@ -138,6 +138,10 @@ def test_a_fine_tuning_that_was_broken_off_goes_on_by_its_own_recipe(finished: P
     stage = stages(read_run(folder))[-1]
     assert stage.state == "2 of 3; macs-0.50: 1 of 1 epochs"
     assert stage.command.endswith(" --finetune_epochs=3 --finetune_schedule=x0.2@1/3 --finetune_distillation=0.5")
+    older = {key: value for key, value in begun.items() if key != "distillation"}  # of before it was known
+    save_json(folder / "finetune" / "macs-0.30" / "source.json", older)
+    command = stages(read_run(folder))[-1].command
+    assert command.endswith(" --finetune_epochs=3 --finetune_schedule=x0.2@1/3 --finetune_distillation=0.0")
 
 
 def test_names_of_files_cannot_inject_markup(call: Call, finished: Path, tmp_path: Path) -> None:
