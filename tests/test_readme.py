@@ -72,6 +72,15 @@ SUMMARY = {
     "CACP as published": "published",
     "one global Taylor threshold": "taylor",
 }
+TRAINERS = {
+    "**ours** (bf16)": "ours",
+    "ours in fp32": "ours, fp32",
+    "ours, taught by the dense model (the default)": "ours, distilled",
+    "ours, two models side by side (`--finetune_at_once 2`), together": "ours, 2 at once",
+    "plain PyTorch, DataLoader with two processes, fp32": "plain",
+    "the same, without processes": "plain, in this process",
+    "torchvision's reference recipe, fp32": "torchvision",
+}
 SCORES = {
     "top-1, stale batch norm": "stale top1 2000",
     "top-1": "fresh top1 2000",
@@ -179,3 +188,19 @@ def test_the_correlations_of_scores_are_the_measured_ones() -> None:
             assert f"{number:.2f}" == f"{correlation:.2f}", (label, target)
             interval = result["targets"][f"{target:.2f}"]["ways"][way]["spearman_interval"]
             assert [low, high] == pytest.approx(interval, abs=0.0055), (label, target)
+
+
+def test_the_speed_of_fine_tuning_is_the_measured_one() -> None:
+    result = load_json(RESULTS / "finetuning_speed.json")
+    speeds, ratios = result["images_per_second"], result["times_as_fast"]
+    expected = []
+    for name in TRAINERS.values():
+        times = [
+            "" if name == ours else f"{ratios[ours][name]['median']:.2f} ({ratios[ours][name]['iqr']:.2f})"
+            for ours in ("ours", "ours, distilled")
+        ]
+        expected.append([name, f"{speeds[name]['median']:.0f} ({speeds[name]['iqr']:.0f})", *times])
+    found = [
+        [TRAINERS[label], *cells] for label, *cells in rows_under("| images/s | ours is x times as fast | ours, taught")
+    ]
+    assert found == expected
