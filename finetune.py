@@ -34,9 +34,9 @@ from cacp.recipe import Recipe, saved_settings
 from cacp.reporting import console, millions, percent, show_files, table, track_training
 from cacp.schema import UserError
 from cacp.shipping import forms_of, ship, unshipped
+from cacp.side_by_side import side_by_side
 from cacp.sweep import load_sweep, save_sweep
 from cacp.training import EpochRecord, chosen_epoch, fit
-from cacp.workers import workers
 
 SOURCE = "source.json"  # beside what was made from it
 _COST = {"macs": int, "params": int}
@@ -88,7 +88,7 @@ def finetune_all(experiment: Experiment, recipe: Recipe, exports: Sequence[Path]
     if at_once == 1:
         finetune_in_turn(experiment, recipe, waiting, folders)
     else:
-        with workers(at_once) as pool:
+        with side_by_side(at_once) as pool:
             work = [pool.submit(finetune_in_turn, experiment, recipe, [export], folders) for export in waiting]
             for ended in as_completed(work):
                 ended.result()

@@ -43,8 +43,8 @@ from cacp.evaluation import device_of, synchroniser
 from cacp.pipeline import finetuning_recipe, load_exported
 from cacp.recipe import Recipe
 from cacp.schema import Normalisation
+from cacp.side_by_side import side_by_side
 from cacp.training import fit
-from cacp.workers import workers
 
 OURS, DISTILLED = "ours", "ours, distilled"
 WORKERS = os.cpu_count() or 1  # that read images for the others
@@ -60,7 +60,7 @@ def main() -> None:
     images = ImageData(splits.train.batch(taken), splits.train.labels[taken], splits.train.classes)
     taught = replace(finetuning_recipe(experiment), epochs=1)
     recipe = replace(taught, distillation=0.0)
-    with workers(arguments.at_once) as pool:
+    with side_by_side(arguments.at_once) as pool:
         systems: dict[str, Round] = {
             OURS: lambda: ours(copy.deepcopy(model), images, normalisation, recipe),
             f"{OURS}, fp32": lambda: ours(

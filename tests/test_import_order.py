@@ -18,7 +18,7 @@ RANKS = {
     "cacp.spaces": 0, "cacp.interrupts": 0, "cacp.operators": 0, "cacp.batchnorm": 0, "cacp.locking": 0,
     "cacp.parsing": 0, "cacp.environment": 0,
     "cacp.models": 1, "cacp.propagation": 1, "cacp.graph": 1, "cacp.cost": 1, "cacp.reward": 1, "cacp.policies": 1,
-    "cacp.parallel": 1, "cacp.workers": 1, "cacp.command": 2,
+    "cacp.parallel": 1, "cacp.side_by_side": 1, "cacp.command": 2,
     "cacp.gram": 2, "cacp.gfi": 2, "cacp.reconstruction": 2, "cacp.budget": 2, "cacp.importance": 2, "cacp.data": 2,
     "cacp.slicing": 3, "cacp.repair": 3, "cacp.fusion": 3, "cacp.evaluation": 3, "cacp.training": 3,
     "cacp.steps": 3, "cacp.recipe": 3, "cacp.history": 3,

@@ -14,14 +14,14 @@ import torch
 from running import ROOT
 
 from cacp.schema import UserError
-from cacp.workers import workers
+from cacp.side_by_side import side_by_side
 
 FIRST_PROCESS = """
 import sys
-from cacp.workers import workers
-from test_workers import say_who_and_sleep
+from cacp.side_by_side import side_by_side
+from test_side_by_side import say_who_and_sleep
 if __name__ == "__main__":
-    with workers(2) as pool:
+    with side_by_side(2) as pool:
         for name in sys.argv[1:]:
             pool.submit(say_who_and_sleep, name)
         input()
@@ -63,7 +63,7 @@ def wait_for(path: Path) -> None:
 def test_threads_are_shared_and_errors_come_back() -> None:
     torch.set_num_threads(6)
     try:
-        with pytest.raises(UserError, match="not here"), workers(2) as pool:
+        with pytest.raises(UserError, match="not here"), side_by_side(2) as pool:
             assert pool.submit(threads).result() == 3
             pool.submit(refuse).result()
     finally:
@@ -71,14 +71,14 @@ def test_threads_are_shared_and_errors_come_back() -> None:
 
 
 def test_a_killed_process_is_told_of() -> None:
-    with pytest.raises(UserError, match="was killed, perhaps for want of memory"), workers(1) as pool:
+    with pytest.raises(UserError, match="was killed, perhaps for want of memory"), side_by_side(1) as pool:
         pool.submit(die).result()
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux what runs")
 def test_no_process_outlives_the_block(tmp_path: Path) -> None:
     busy = tmp_path / "busy"
-    with pytest.raises(KeyboardInterrupt), workers(1) as pool:  # one more waits, and never begins
+    with pytest.raises(KeyboardInterrupt), side_by_side(1) as pool:  # one more waits, and never begins
         for path in (busy, tmp_path / "second", tmp_path / "third", tmp_path / "fourth"):
             pool.submit(say_who_and_sleep, str(path))
         wait_for(busy)

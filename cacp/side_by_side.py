@@ -1,4 +1,4 @@
-"""Work side by side in processes of its own, each with its share of the CPU's threads."""
+"""Pieces of work side by side, each in a process with its share of the CPU's threads."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from cacp.schema import UserError
 
 
 @contextmanager
-def workers(count: int) -> Iterator[Executor]:
-    """So many processes for the work that is submitted. Whatever they are at, they end with the block, and with this
-    process.
+def side_by_side(count: int) -> Iterator[Executor]:
+    """So many processes for the work that is submitted; its errors come back from `result()`. Whatever they are at,
+    they end with the block, and with this process.
 
     Raises:
         UserError: where one of them was killed.
