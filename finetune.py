@@ -118,7 +118,7 @@ def source_of(export: Path, recipe: Recipe) -> dict[str, Any]:
 
 
 def refuse_others(folders: Mapping[str, Path], sources: Mapping[str, dict[str, Any]]) -> None:
-    """Refuse folders that hold a fine-tuning, begun or finished, of another export or by another recipe.
+    """Refuse folders that hold a fine-tuning, of an epoch at least, of another export or by another recipe.
 
     Raises:
         UserError: listing all of them.
@@ -126,7 +126,8 @@ def refuse_others(folders: Mapping[str, Path], sources: Mapping[str, dict[str, A
     wrong = []
     for name, here in sources.items():
         path = folders[name] / SOURCE
-        there = saved_settings(load_json(path, {"weights_sha256": str})) if path.is_file() else here
+        begun = path.is_file() and any((folders[name] / result).exists() for result in ("checkpoint", "result.json"))
+        there = saved_settings(load_json(path, {"weights_sha256": str})) if begun else here
         different = [f"{key}: {there[key]!r} -> {here[key]!r}" for key in here if there[key] != here[key]]
         if different:
             wrong.append("\n  ".join([f"{folders[name]}:", *different]))

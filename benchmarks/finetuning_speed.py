@@ -1,12 +1,13 @@
 """Images a second of fine-tuning: ours against a plain PyTorch loop and torchvision's reference recipe, in turn.
 
     python -m benchmarks.finetuning_speed RUN [--policy macs-0.50] [--images 5120] [--rounds 5] [--at_once 2] \
-        [--result FILE]
+        [--compiled] [--result FILE]
 
 All train the same exported model of RUN, in mini-batches of the run's size, one pass over the same images a round.
 
 - ours, distilled: taught by the dense model, as finetune.py does unless told otherwise; the others are not.
-- ours, N at once: in N processes, each a model of its own; images a second of all together.
+- ours, N at once: in N processes, each a model of its own; images a second of all together, by the clock.
+- ours, compiled: a second pass, by torch.compile, which takes minutes in the first; with --compiled.
 - plain: what most tutorials have: torchvision's transforms image by image in a DataLoader, fp32, SGD.
 - plain, in this process: the same with num_workers=0; whichever is faster is the plain loop.
 - torchvision: its reference recipe for classification (TrivialAugment, random erasing, MixUp or CutMix, label
@@ -21,8 +22,9 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from PIL import Image
@@ -39,7 +41,7 @@ from cacp.checkpoint import save_json
 from cacp.command import run_command
 from cacp.data import ImageData
 from cacp.environment import environment
-from cacp.evaluation import device_of, synchroniser
+from cacp.evaluation import device_of, resolve_precision, synchroniser
 from cacp.pipeline import finetuning_recipe, load_exported
 from cacp.recipe import Recipe
 from cacp.schema import Normalisation
@@ -51,42 +53,57 @@ WORKERS = os.cpu_count() or 1  # that read images for the others
 Round = Callable[[], float]  # trains one pass; images a second
 
 
+class Subject(NamedTuple):
+    """What all systems train: a copy of the model, on the images; the recipe is one of a single epoch."""
+
+    model: nn.Module
+    images: ImageData
+    normalisation: Normalisation
+    recipe: Recipe
+    dense: nn.Module
+
+
 def main() -> None:
     arguments = _parser().parse_args()
-    experiment, splits, dense = load_run(arguments.run)
-    normalisation = dense.normalisation
-    model = load_exported(experiment, arguments.run / "export" / arguments.policy).to(dense.example.device).train()
-    taken = torch.arange(min(arguments.images, len(splits.train)))
-    images = ImageData(splits.train.batch(taken), splits.train.labels[taken], splits.train.classes)
-    taught = replace(finetuning_recipe(experiment), epochs=1)
-    recipe = replace(taught, distillation=0.0)
-    with side_by_side(arguments.at_once) as pool:
+    place = arguments.run, arguments.policy, arguments.images
+    subject, count = load_subject(*place), arguments.at_once
+    with side_by_side(count) as pool:
         systems: dict[str, Round] = {
-            OURS: lambda: ours(copy.deepcopy(model), images, normalisation, recipe),
-            f"{OURS}, fp32": lambda: ours(
-                copy.deepcopy(model), images, normalisation, replace(recipe, precision="fp32")
-            ),
-            DISTILLED: lambda: ours(copy.deepcopy(model), images, normalisation, taught, dense.model),
-            f"{OURS}, {arguments.at_once} at once": lambda: at_once(
-                pool, arguments.at_once, model, images, normalisation, recipe
-            ),
-            "plain": lambda: plain(copy.deepcopy(model), images, normalisation, recipe, WORKERS),
-            "plain, in this process": lambda: plain(copy.deepcopy(model), images, normalisation, recipe, 0),
-            "torchvision": lambda: reference(copy.deepcopy(model), images, normalisation, recipe, WORKERS),
+            OURS: lambda: ours(subject, distillation=0.0),
+            f"{OURS}, fp32": lambda: ours(subject, distillation=0.0, precision="fp32"),
+            DISTILLED: lambda: ours(subject),
+            f"{OURS}, {count} at once": lambda: at_once(pool, count, place, distillation=0.0),
+            f"{DISTILLED}, {count} at once": lambda: at_once(pool, count, place),
+            "plain": lambda: plain(subject, WORKERS),
+            "plain, in this process": lambda: plain(subject, 0),
+            "torchvision": lambda: reference(subject, WORKERS),
         }
+        if arguments.compiled:
+            systems[f"{OURS}, compiled"] = lambda: compiled(subject)
         speeds = measured(systems, arguments.rounds)
     result = {
         "images_per_second": {name: spread(values) for name, values in speeds.items()},
         "times_as_fast": {ours: ratios(speeds, ours) for ours in (OURS, DISTILLED)},
-        "images": len(images),
+        "images": len(subject.images),
         "policy": arguments.policy,
-        "batch_size": recipe.batch_size,
+        "batch_size": subject.recipe.batch_size,
+        "precision": str(resolve_precision(subject.recipe.precision, device_of(subject.dense))),
         "rounds": arguments.rounds,
-        "environment": environment(experiment.seed),
+        "environment": environment(0),
     }
     print({name: round(statistics.median(values)) for name, values in speeds.items()})
     if arguments.result:
         save_json(arguments.result, portable(result))
+
+
+@cache
+def load_subject(run: Path, policy: str, images: int) -> Subject:
+    """Once in every process."""
+    experiment, splits, dense = load_run(run)
+    model = load_exported(experiment, run / "export" / policy).to(device_of(dense.model)).train()
+    taken = torch.arange(min(images, len(splits.train)))
+    data = ImageData(splits.train.batch(taken), splits.train.labels[taken], splits.train.classes)
+    return Subject(model, data, dense.normalisation, replace(finetuning_recipe(experiment), epochs=1), dense.model)
 
 
 def measured(systems: Mapping[str, Round], rounds: int) -> dict[str, list[float]]:
@@ -109,28 +126,38 @@ def ratios(speeds: Mapping[str, Sequence[float]], ours: str) -> dict[str, Any]:
     }
 
 
-def ours(
-    model: nn.Module, images: ImageData, normalisation: Normalisation, recipe: Recipe, teacher: nn.Module | None = None
-) -> float:
-    (record,) = fit(model, images, None, normalisation, recipe, 0, teacher=teacher)
+def ours(subject: Subject, **changes: Any) -> float:
+    return _last_epoch(subject, copy.deepcopy(subject.model), **changes)
+
+
+def compiled(subject: Subject) -> float:
+    model = cast(nn.Module, torch.compile(copy.deepcopy(subject.model)))
+    return _last_epoch(subject, model, distillation=0.0, epochs=2)
+
+
+def _last_epoch(subject: Subject, model: nn.Module, **changes: Any) -> float:
+    recipe = replace(subject.recipe, **changes)
+    teacher = subject.dense if recipe.distillation else None
+    *_, record = fit(model, subject.images, None, subject.normalisation, recipe, 0, teacher=teacher)
     return record.images_per_second
 
 
-def at_once(
-    pool: Executor, count: int, model: nn.Module, images: ImageData, normalisation: Normalisation, recipe: Recipe
-) -> float:
-    """`ours` in all processes of the pool, which the first round has started."""
-    work = copy.deepcopy(model).cpu(), device_of(model), images, normalisation, recipe
-    return sum(future.result() for future in [pool.submit(_one_of_several, *work) for _ in range(count)])
+def at_once(pool: Executor, count: int, place: tuple[Path, str, int], **changes: Any) -> float:
+    """`ours` in all processes of the pool; the first round has started them and loaded what they train."""
+    start = time.perf_counter()
+    for ended in [pool.submit(_one_of_several, place, changes) for _ in range(count)]:
+        images = ended.result()
+    return count * images / (time.perf_counter() - start)
 
 
-def _one_of_several(
-    model: nn.Module, device: torch.device, images: ImageData, normalisation: Normalisation, recipe: Recipe
-) -> float:
-    return ours(model.to(device), images, normalisation, recipe)
+def _one_of_several(place: tuple[Path, str, int], changes: dict[str, Any]) -> int:
+    subject = load_subject(*place)
+    ours(subject, **changes)
+    return len(subject.images)
 
 
-def plain(model: nn.Module, images: ImageData, normalisation: Normalisation, recipe: Recipe, workers: int) -> float:
+def plain(subject: Subject, workers: int) -> float:
+    model, images, normalisation, recipe, _ = _copied(subject)
     steps = [transforms.RandomCrop(images.image_shape[1:], padding=recipe.padding), transforms.RandomHorizontalFlip()]
     steps += [transforms.ToTensor(), transforms.Normalize(*normalisation)]
     loader = _loader(images, transforms.Compose(steps), recipe, workers)
@@ -149,7 +176,8 @@ def plain(model: nn.Module, images: ImageData, normalisation: Normalisation, rec
     return _images_per_second(train, len(images), device)
 
 
-def reference(model: nn.Module, images: ImageData, normalisation: Normalisation, recipe: Recipe, workers: int) -> float:
+def reference(subject: Subject, workers: int) -> float:
+    model, images, normalisation, recipe, _ = _copied(subject)
     size, classes = images.image_shape[1:], len(images.classes)
     steps = [
         transforms.RandomResizedCrop(size),
@@ -180,6 +208,10 @@ def reference(model: nn.Module, images: ImageData, normalisation: Normalisation,
             loss.item()
 
     return _images_per_second(train, len(images), device)
+
+
+def _copied(subject: Subject) -> Subject:
+    return subject._replace(model=copy.deepcopy(subject.model))
 
 
 def _images_per_second(train: Callable[[], None], images: int, device: torch.device) -> float:
@@ -231,6 +263,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--images", type=int, default=5120, help="in a pass")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--at_once", type=int, default=2, help="models that are trained side by side")
+    parser.add_argument("--compiled", action="store_true", help="also by torch.compile")
     parser.add_argument("--result", type=Path, help="JSON file")
     return parser
 

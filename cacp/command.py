@@ -35,7 +35,8 @@ def run_command(main: Callable[[], None]) -> None:
         again = f": {shlex.join(_line())}" if launched() == 1 else ""
         sys.exit(_failed(f"{error}; the same command goes on{again}", status=128 + error.number))
     except (MemoryError, torch.OutOfMemoryError) as error:
-        sys.exit(_failed(f"out of memory: {error}; lower --batch_size or --validation_images, or use --device cpu"))
+        remedy = "lower --batch_size, --validation_images or --finetune_at_once, or use --device cpu"
+        sys.exit(_failed(f"out of memory: {error}; {remedy}"))
     except OSError as error:
         place, reason = error.filename or "a file of the run", error.strerror or str(error)
         remedy = "free some space" if error.errno in _FULL else "choose another path (--output, --data_dir, --weights)"

@@ -303,10 +303,15 @@ def _model_stages(run: RunFolder) -> list[Stage]:
 
 def _recipe_flags(run: RunFolder) -> list[str]:
     """Flags that a fine-tuning had which has begun, since another recipe would be refused."""
-    recipe = next((saved_settings(model.tuning) for model in run.models if model.tuning), {})
-    settings = {key: f"finetune_{key}" for key in ("epochs", "lr", "schedule", "distillation")}
+    begun = [model.tuning for model in run.models if model.tuning]
+    if not begun or run.experiment is None:
+        return []
+    recipe = saved_settings(begun[0])
+    there = {**vars(run.experiment), "resized_crop": run.experiment.crops}
+    own = {key: f"finetune_{key}" for key in ("epochs", "lr", "schedule", "distillation")}
+    shared = {key: key for key in ("weight_decay", "batch_size", "flip", "resized_crop", "precision")}
     return [
         f"--{setting}={'null' if recipe[key] is None else recipe[key]}"
-        for key, setting in settings.items()
-        if key in recipe and recipe[key] != run.settings.get(setting)
+        for key, setting in {**own, **shared, "padding": "crop_padding"}.items()
+        if recipe[key] != there[setting]
     ]

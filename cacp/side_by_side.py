@@ -16,6 +16,13 @@ import torch
 
 from cacp.schema import UserError
 
+_count = 1
+
+
+def beside() -> int:
+    """How many processes work side by side, this one included; 1 elsewhere."""
+    return _count
+
 
 @contextmanager
 def side_by_side(count: int) -> Iterator[Executor]:
@@ -27,21 +34,32 @@ def side_by_side(count: int) -> Iterator[Executor]:
     """
     context = get_context("spawn")  # a forked process could not use the GPU
     ending, held = context.Pipe(duplex=False)
-    pool = ProcessPoolExecutor(count, context, _begin, (ending, max(1, torch.get_num_threads() // count)))
+    pool = ProcessPoolExecutor(count, context, _begin, (ending, count, max(1, torch.get_num_threads() // count)))
     try:
+        _start(pool)
         yield pool
     except BrokenProcessPool as error:
         raise UserError(
-            "a process that worked here was killed, perhaps for want of memory; what is done is kept: "
-            "the same command goes on, with fewer processes where memory is short"
+            "a process that worked here was killed, perhaps for want of memory; what is done is kept, and the same "
+            "command goes on: with fewer side by side where memory is short (other threads may round differently)"
         ) from error
     finally:
         held.close()
         pool.shutdown(cancel_futures=True)
 
 
-def _begin(ending: Connection, threads: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the first process ends the others
+def _start(pool: Executor) -> None:
+    """Start the processes, deaf to Ctrl-C, which reaches all: the first process ends the others."""
+    former = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        pool.submit(beside)
+    finally:
+        signal.signal(signal.SIGINT, former)
+
+
+def _begin(ending: Connection, count: int, threads: int) -> None:
+    global _count
+    _count = count
     threading.Thread(target=_end_with, args=(ending,), daemon=True).start()
     torch.set_num_threads(threads)
 

@@ -29,18 +29,18 @@ os.execv(sys.argv[2], sys.argv[2:])
 """
 
 
-def start(command: str, *arguments: object, file_limit: int | None = None) -> subprocess.Popen[str]:
+def start(command: str, *arguments: object, file_limit: int | None = None, threads: int = 1) -> subprocess.Popen[str]:
     """Start an entry point; no file it writes may grow beyond `file_limit` bytes, which looks like a full disk."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "COLUMNS": "200"}
     line = [sys.executable, f"{command}.py", *map(str, arguments)]
     if file_limit:
         line = [sys.executable, "-c", LIMITED, str(file_limit), *line]
     return subprocess.Popen(line, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def run(command: str, *arguments: object, status: int = 0, file_limit: int | None = None) -> str:
+def run(command: str, *arguments: object, status: int = 0, file_limit: int | None = None, threads: int = 1) -> str:
     """Run an entry point as a process; its output, or its error text where it must fail."""
-    process = start(command, *arguments, file_limit=file_limit)
+    process = start(command, *arguments, file_limit=file_limit, threads=threads)
     out, err = process.communicate(timeout=900)  # only a guard: a busy machine is ten times as slow
     assert process.returncode == status, out + err
     assert "Traceback" not in err, err

@@ -20,12 +20,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import cacp
 from benchmarks import fewer_images
 from cacp import pipeline
+from cacp.checkpoint import save_json
 from cacp.config import experiment_from, parse
 from cacp.experiment import Experiment
 from cacp.history import Candidate
 from cacp.locking import HOLDER, LOCK
 from cacp.models import build_model
 from cacp.schema import Budget, Cost, Policy, PolicyRecord, Score, UserError
+from finetune import refuse_others
 from search import show_doubts
 
 
@@ -131,6 +133,15 @@ def test_fine_tunings_of_an_older_version_go_on_or_are_named_at_once(
         out = call("finetune", folder, status=status)
     assert out.count("distillation: 0.0 -> 0.9") == out.count("old/finetune/macs-0.") == 2
     assert "macs-0.70" not in out
+
+
+def test_a_recipe_may_change_until_an_epoch_is_done(tmp_path: Path) -> None:
+    folders, wanted = {"macs-0.50": tmp_path}, {"macs-0.50": {"weights_sha256": "", "batch_size": 64}}
+    save_json(tmp_path / "source.json", {"weights_sha256": "", "batch_size": 256})
+    refuse_others(folders, wanted)  # it may have run out of memory
+    (tmp_path / "checkpoint").mkdir()
+    with pytest.raises(UserError, match="batch_size: 256 -> 64"):
+        refuse_others(folders, wanted)
 
 
 def test_a_model_that_is_damaged_after_its_command_is_made_again(call: Call, finished: Path, tmp_path: Path) -> None:
@@ -278,22 +289,26 @@ def test_an_error_of_one_model_is_the_message_of_all(finished: Path, tmp_path: P
 
 
 @pytest.mark.slow
-def test_fine_tuning_killed_again_and_again_ends_with_the_same_weights(finished: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("threads", "at_once"), [(1, 1), (4, 2)])
+def test_fine_tuning_killed_again_and_again_ends_with_the_same_weights(
+    finished: Path, tmp_path: Path, threads: int, at_once: int
+) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     for folder in (whole, broken):
         shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("finetune", "search"))
-    run("finetune", whole, "--epochs=6")
+    arguments = ["--epochs=6", f"--finetune_at_once={at_once}"]
+    run("finetune", whole, *arguments, threads=threads)
     moments = random.Random(0)
-    for kill in range(5):
+    for _ in range(5):
         before = rows_written(broken)
-        process = start("finetune", broken, "--epochs=6", f"--finetune_at_once={1 + kill % 3}")
+        process = start("finetune", broken, *arguments, threads=threads)
         while rows_written(broken) <= before:  # at least an epoch each, however slow the machine is
             assert process.poll() is None
             time.sleep(0.01)
         time.sleep(moments.uniform(0, 1))
         process.send_signal(signal.SIGKILL)
         process.communicate()
-    run("finetune", broken, "--epochs=6")
+    run("finetune", broken, *arguments, threads=threads)
     for name in ("macs-0.30", "macs-0.50", "macs-0.70"):
         weights = [(folder / "finetune" / name / "model.safetensors").read_bytes() for folder in (whole, broken)]
         assert weights[0] == weights[1]

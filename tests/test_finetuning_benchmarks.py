@@ -114,6 +114,7 @@ def test_speed_is_of_the_same_images_for_all(finished: Path, tmp_path: Path, mon
         "ours, fp32",
         "ours, distilled",
         "ours, 2 at once",
+        "ours, distilled, 2 at once",
         "plain",
         "plain, in this process",
         "torchvision",
@@ -124,3 +125,12 @@ def test_speed_is_of_the_same_images_for_all(finished: Path, tmp_path: Path, mon
         )
     assert list(result["times_as_fast"]) == ["ours", "ours, distilled"]
     assert (result["images"], result["batch_size"]) == (300, 64)
+    assert result["precision"] in ("torch.bfloat16", "torch.float32")
+
+
+@pytest.mark.slow
+def test_compiled_training_is_timed_too(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [finished, "--images", 100, "--rounds", 1, "--compiled"]
+    result = result_of(finetuning_speed, tmp_path / "speed.json", monkeypatch, *words)
+    assert list(result["images_per_second"])[-1] == "ours, compiled"
+    assert result["images_per_second"]["ours, compiled"]["median"] > 0

@@ -133,15 +133,18 @@ def test_a_fine_tuning_that_was_broken_off_goes_on_by_its_own_recipe(finished: P
     folder = copied(finished, tmp_path)
     (folder / "finetune" / "macs-0.50" / "result.json").unlink()
     source = load_json(folder / "finetune" / "macs-0.30" / "source.json")
-    begun = {**source, "epochs": 3, "schedule": "x0.2@1/3", "distillation": 0.5}
+    begun = {**source, "epochs": 3, "schedule": "x0.2@1/3", "distillation": 0.5, "precision": "fp32", "padding": 2}
     save_json(folder / "finetune" / "macs-0.30" / "source.json", begun)
     stage = stages(read_run(folder))[-1]
     assert stage.state == "2 of 3; macs-0.50: 1 of 1 epochs"
-    assert stage.command.endswith(" --finetune_epochs=3 --finetune_schedule=x0.2@1/3 --finetune_distillation=0.5")
+    flags = (
+        " --finetune_epochs=3 --finetune_schedule=x0.2@1/3 --finetune_distillation={} --precision=fp32 --crop_padding=2"
+    )
+    assert stage.command.endswith(flags.format(0.5))
     older = {key: value for key, value in begun.items() if key != "distillation"}  # of before it was known
     save_json(folder / "finetune" / "macs-0.30" / "source.json", older)
     command = stages(read_run(folder))[-1].command
-    assert command.endswith(" --finetune_epochs=3 --finetune_schedule=x0.2@1/3 --finetune_distillation=0.0")
+    assert command.endswith(flags.format(0.0))
 
 
 def test_names_of_files_cannot_inject_markup(call: Call, finished: Path, tmp_path: Path) -> None:

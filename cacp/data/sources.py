@@ -18,6 +18,7 @@ from cacp.data.folder import IMAGENET, Frame, load_folder
 from cacp.data.images import ImageData
 from cacp.parallel import launched
 from cacp.schema import UserError
+from cacp.side_by_side import beside
 
 DATASETS = ("digits", "cifar10", "cifar100", "imagefolder", "imagenet")
 SPLITS = ("train", "val", "test")
@@ -67,7 +68,7 @@ def load_dataset(
             None): to 8/7 of it, 256 for 224.
         memory_limit_bytes: image folders that are larger when decoded are read on demand.
         workers: threads or processes that decode images; None is one for each core, at most 16, divided by the
-            processes of torchrun.
+            processes of torchrun, or by those side by side.
 
     Raises:
         UserError: for an unknown name or split, a wrong image_size, missing data, or a folder with faults (all listed).
@@ -84,7 +85,7 @@ def load_dataset(
     if wrong:
         raise UserError("\n".join(wrong))
     if workers is None:
-        workers = max(1, min(16, (os.cpu_count() or 1) // launched()))
+        workers = max(1, min(16, (os.cpu_count() or 1) // (launched() * beside())))
     if name == "imagefolder":
         frame = Frame(image_size, image_size) if image_size else None
         return load_folder(Path(data_dir), split, frame, memory_limit_bytes, workers)
