@@ -36,6 +36,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "base": {},
     "constant": {"schedule": "constant"},
     "step": {"schedule": "step"},
+    "paper-in-proportion": {"schedule": "x0.1@20,40,60,80/400"},
     "nesterov": {"nesterov": True},
     "no-decay-on-norms": {"decay_all": False},
     "decay-5e-4": {"weight_decay": 5e-4},
