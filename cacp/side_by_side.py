@@ -38,6 +38,7 @@ def side_by_side(count: int) -> Iterator[Executor]:
     try:
         _start(pool)
         yield pool
+        pool.shutdown()  # all is done: they end by themselves
     except BrokenProcessPool as error:
         raise UserError(
             "a process that worked here was killed, perhaps for want of memory; what is done is kept, and the same "
