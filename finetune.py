@@ -85,9 +85,9 @@ def finetune_all(experiment: Experiment, recipe: Recipe, exports: Sequence[Path]
     for export in waiting:
         save_json(folders[export.name] / SOURCE, source_of(export, recipe))  # reserves the folder
     at_once = min(experiment.finetune_at_once, len(exports))  # not of those that wait: as many threads when it goes on
-    if at_once == 1:
+    if waiting and at_once == 1:
         finetune_in_turn(experiment, recipe, waiting, folders)
-    else:
+    elif waiting:
         with side_by_side(at_once) as pool:
             work = [pool.submit(finetune_in_turn, experiment, recipe, [export], folders) for export in waiting]
             for ended in as_completed(work):
@@ -101,8 +101,6 @@ def finetune_all(experiment: Experiment, recipe: Recipe, exports: Sequence[Path]
 def finetune_in_turn(
     experiment: Experiment, recipe: Recipe, exports: Sequence[Path], folders: Mapping[str, Path]
 ) -> None:
-    if not exports:
-        return
     splits = load_splits(experiment)
     dense = load_dense(experiment, splits, select_device(experiment.device))
     recipe = replace(recipe, lr=recipe.highest_lr(len(splits.train)))
