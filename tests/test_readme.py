@@ -82,6 +82,14 @@ TRAINERS = {
     "the same, without processes": "plain, in this process",
     "torchvision's reference recipe, fp32": "torchvision",
 }
+RECOVERED = {
+    "**ours**": "ours",
+    "Torch-Pruning, global group norm": "tp-group-norm",
+    "Torch-Pruning, global l1": "tp-l1",
+    "uniform, repaired alike": "uniform",
+    "the architecture of ours, from scratch": "scratch",
+    "the dense model, trained further": "dense",
+}
 SCORES = {
     "top-1, stale batch norm": "stale top1 2000",
     "top-1": "fresh top1 2000",
@@ -205,3 +213,15 @@ def test_the_speed_of_fine_tuning_is_the_measured_one() -> None:
         [TRAINERS[label], *cells] for label, *cells in rows_under("| images/s | ours is x times as fast | ours, taught")
     ]
     assert found == expected
+
+
+def test_what_fine_tuning_recovers_is_the_measured_part() -> None:
+    cells = load_json(RESULTS / "recovery.json")["cells"]
+    before = {cell["model"]: cell["before"]["top1"] for cell in cells}
+    after = {cell["model"]: cell["after"]["top1"] for cell in cells}
+    assert len(after) == len(cells) == len(RECOVERED)
+    expected = []
+    for name in RECOVERED.values():
+        gap = "" if name == "dense" else f"{100 * (after[name] - after['dense']):+.2f}"
+        expected.append([name, f"{100 * before[name]:.2f}", f"{100 * after[name]:.2f}", gap])
+    assert [[RECOVERED[label], *cells] for label, *cells in rows_under("| macs 0.5: before |")] == expected
