@@ -217,9 +217,13 @@ def test_the_speed_of_fine_tuning_is_the_measured_one() -> None:
 
 def test_what_fine_tuning_recovers_is_the_measured_part() -> None:
     cells = load_json(RESULTS / "recovery.json")["cells"]
-    before = {cell["model"]: cell["before"]["top1"] for cell in cells}
-    after = {cell["model"]: cell["after"]["top1"] for cell in cells}
-    assert len(after) == len(cells) == len(RECOVERED)
+    first = {cell["model"]: cell for cell in cells if cell["seed"] == 0}
+    before, after = ({name: cell[part]["top1"] for name, cell in first.items()} for part in ("before", "after"))
+    second = {cell["model"]: f"{100 * cell['after']['top1']:.2f}" for cell in cells if cell["seed"] == 1}
+    assert set(after) == set(RECOVERED.values())
+    assert len(cells) == len(first) + len(second)
+    assert f"ours came to {second['ours']}, uniform to {second['uniform']}" in WORDS
+    assert f"from scratch to {second['scratch']}" in WORDS
     expected = []
     for name in RECOVERED.values():
         gap = "" if name == "dense" else f"{100 * (after[name] - after['dense']):+.2f}"
