@@ -4,8 +4,10 @@ each.
     python finetune.py runs/digits_resnet56
 
 Writes finetune/NAME/: architecture.json and model.safetensors (load_pruned reads them), model.py, model.onnx and
-model.pt2 (which need nothing of this project), result.json with dense, before and after, epochs.csv, TensorBoard
-events, checkpoint/. Run again, it skips what is done and goes on with the rest.
+model.pt2 (which need nothing of this project), epochs.csv, TensorBoard events, checkpoint/, and result.json: test top-1
+of the dense model, before and after; epochs, which one was kept and why; seconds of all epochs with validation, images
+a second of their training; the recipe, and the precision it came to. Run again, it skips what is done and goes on with
+the rest.
 """
 
 import sys
@@ -23,7 +25,7 @@ from cacp.config import experiment_from, parse
 from cacp.data import Splits
 from cacp.dense import DenseModel, load_dense
 from cacp.environment import environment
-from cacp.evaluation import device_of, evaluate_data
+from cacp.evaluation import device_of, evaluate_data, resolve_precision
 from cacp.experiment import Experiment
 from cacp.exporting import WEIGHTS, checksums, finished, load_architecture, save_pruned
 from cacp.locking import only_writer
@@ -36,7 +38,7 @@ from cacp.schema import UserError
 from cacp.shipping import forms_of, ship, unshipped
 from cacp.side_by_side import side_by_side
 from cacp.sweep import load_sweep, save_sweep
-from cacp.training import EpochRecord, chosen_epoch, fit
+from cacp.training import EpochRecord, chosen_epoch, fit, images_per_second
 
 SOURCE = "source.json"  # beside what was made from it
 _COST = {"macs": int, "params": int}
@@ -186,7 +188,8 @@ def finish(
             else "last epoch; the dense weights have seen the validation images, so they cannot pick one"
         ),
         "seconds": sum(record.seconds for record in records),
-        "images_per_second": records[-1].images_per_second,
+        "images_per_second": images_per_second(records),
+        "precision": str(resolve_precision(recipe.precision, device_of(dense.model))).removeprefix("torch."),
         "sha256": checksums(folder),
         "recipe": asdict(recipe),
         "environment": environment(experiment.seed),

@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -25,6 +26,7 @@ def run_command(main: Callable[[], None]) -> None:
     Of the processes that torchrun starts the first one runs it, the others train with it (`cacp.parallel`).
     """
     threading.excepthook = _quiet_about_files
+    warnings.formatwarning = _one_line
     try:
         with interruptible(), following_processes() as first:
             if first:
@@ -47,6 +49,11 @@ def _line() -> list[str]:
     """The command as it was typed: of a file, or of a module (python -m)."""
     module = getattr(sys.modules["__main__"], "__spec__", None)
     return ["python", *([sys.argv[0]] if module is None else ["-m", module.name]), *sys.argv[1:]]
+
+
+def _one_line(message: Warning | str, *_: object) -> str:
+    """A warning without the line of code that gave it."""
+    return f"warning: {message}\n"
 
 
 def _quiet_about_files(arguments: threading.ExceptHookArgs) -> None:

@@ -36,7 +36,7 @@ def side_by_side(count: int) -> Iterator[Executor]:
     ending, held = context.Pipe(duplex=False)
     pool = ProcessPoolExecutor(count, context, _begin, (ending, count, max(1, torch.get_num_threads() // count)))
     try:
-        _start(pool)
+        _start(pool, count)
         yield pool
         pool.shutdown()  # all is done: they end by themselves
     except BrokenProcessPool as error:
@@ -49,11 +49,12 @@ def side_by_side(count: int) -> Iterator[Executor]:
         pool.shutdown(cancel_futures=True)
 
 
-def _start(pool: Executor) -> None:
+def _start(pool: Executor, count: int) -> None:
     """Start the processes, deaf to Ctrl-C, which reaches all: the first process ends the others."""
     former = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        pool.submit(beside)
+        for _ in range(count):  # a pool starts one when it is given work and none is idle
+            pool.submit(beside)
     finally:
         signal.signal(signal.SIGINT, former)
 

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import harmonic_mean
 from typing import Any, NamedTuple
 
 import torch
@@ -62,6 +63,11 @@ def chosen_epoch(records: Sequence[EpochRecord]) -> int:
     if not validated:
         return records[-1].epoch if records else 0
     return max(validated, key=lambda record: (record.validation_top1, -(record.validation_loss or 0.0))).epoch
+
+
+def images_per_second(records: Sequence[EpochRecord]) -> float:
+    """Of the training of all epochs together, each over as many images."""
+    return harmonic_mean([record.images_per_second for record in records])
 
 
 @dataclass

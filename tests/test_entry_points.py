@@ -22,6 +22,7 @@ from benchmarks import fewer_images
 from cacp import pipeline
 from cacp.checkpoint import save_json
 from cacp.config import experiment_from, parse
+from cacp.evaluation import resolve_precision
 from cacp.experiment import Experiment
 from cacp.history import Candidate
 from cacp.locking import HOLDER, LOCK
@@ -78,6 +79,7 @@ def test_result_says_dense_before_after_and_which_epoch(finished: Path) -> None:
     assert result["recipe"]["distillation"] == 0.9  # taught by the dense model
     assert result["recipe"]["lr"] == pytest.approx(0.1 * math.sqrt(math.ceil(1238 / 64) / 2000))
     assert result["chosen_because"].startswith("best validation top-1")
+    assert result["precision"] == str(resolve_precision("auto", torch.device("cpu"))).removeprefix("torch.")
 
 
 def test_finetuned_model_loads_by_the_folder_alone(finished: Path) -> None:

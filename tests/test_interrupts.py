@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -9,7 +10,7 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
-from running import TINY, rows, start
+from running import ROOT, TINY, rows, start
 
 from cacp.checkpoint import load_state
 from cacp.command import run_command
@@ -71,6 +72,12 @@ def test_a_command_says_how_to_go_on(
     with pytest.raises(SystemExit):
         run_command(lambda: os.kill(os.getpid(), number))
     assert capsys.readouterr().err == ""  # one message of all processes
+
+
+def test_a_warning_is_one_line() -> None:
+    code = "import warnings; from cacp.command import run_command; run_command(lambda: warnings.warn('a damaged file'))"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert (ended.returncode, ended.stderr) == (0, "warning: a damaged file\n")
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import assert_equal_weights, bars, snapshot, tiny_cnn
+from running import ROOT
 
 from cacp.config import experiment_from, parse
 from cacp.data import augment
@@ -129,13 +132,19 @@ def test_a_square_is_erased_anywhere() -> None:
     assert torch.equal(augment(images, torch.Generator().manual_seed(0), 0, False), images)
 
 
-def test_the_papers_fine_tuning_is_four_flags_away_from_the_default() -> None:
-    words = ["--config", "configs/cifar10_resnet56.yaml"]
+@pytest.mark.parametrize(("config", "augmentation"), [("cifar10", (4, True)), ("digits", (3, False))])
+def test_the_papers_fine_tuning_is_the_flags_that_the_readme_names(config: str, augmentation: tuple[int, bool]) -> None:
+    words = ["--config", f"configs/{config}_resnet56.yaml"]
     default = finetuning_recipe(experiment_from(parse("pretrain", "", words)))
-    assert (default.epochs, default.lr, default.schedule, default.distillation) == (400, None, "cosine", 0.9)
-    words += ["--finetune_lr", "0.1", "--finetune_schedule", "paper", "--precision", "fp32"]
-    words += ["--finetune_distillation", "0"]
+    assert (default.lr, default.schedule, default.distillation) == (None, "cosine", 0.9)
+    (flags,) = re.findall(r"The paper's recipe:\n`([^`]*)`", (ROOT / "README.md").read_text())
+    words += flags.replace("--epochs", "--finetune_epochs").split()  # as finetune.py calls them
     paper = finetuning_recipe(experiment_from(parse("pretrain", "", words)))
-    assert paper == Recipe(400, 0.1, 0.9, weight_decay=1e-4, batch_size=256, schedule="paper", precision="fp32")
+    padding, flip = augmentation  # of the data set: the paper has none but CIFAR
+    expected = Recipe(400, 0.1, 0.9, weight_decay=1e-4, batch_size=256, schedule="paper", precision="fp32")
+    assert paper == replace(expected, padding=padding, flip=flip)
+
+
+def test_a_distillation_beyond_all_of_the_loss_is_refused() -> None:
     with pytest.raises(UserError, match=r"finetune_distillation must be in \[0, 1\], but got 1.5"):
-        experiment_from(parse("pretrain", "", [*words[:-1], "1.5"]))
+        experiment_from(parse("pretrain", "", ["--output", "runs/any", "--finetune_distillation", "1.5"]))

@@ -37,6 +37,14 @@ def threads() -> int:
     return torch.get_num_threads()
 
 
+def who_hears_ctrl_c(folder: Path, count: int) -> tuple[int, bool]:
+    """This process, and whether it would end with Ctrl-C; answers once `count` processes are asked."""
+    (folder / str(os.getpid())).touch()
+    while len(list(folder.iterdir())) < count:
+        time.sleep(0.01)
+    return os.getpid(), signal.getsignal(signal.SIGINT) != signal.SIG_IGN
+
+
 def refuse() -> None:
     raise UserError("not here")
 
@@ -68,6 +76,14 @@ def test_threads_are_shared_and_errors_come_back() -> None:
             pool.submit(refuse).result()
     finally:
         torch.set_num_threads(1)
+
+
+def test_ctrl_c_is_for_the_first_process_alone(tmp_path: Path) -> None:
+    with side_by_side(3) as pool:
+        asked = [pool.submit(who_hears_ctrl_c, tmp_path, 3) for _ in range(3)]
+        answers = dict(one.result(timeout=900) for one in asked)
+    assert list(answers.values()) == [False] * 3
+    assert signal.getsignal(signal.SIGINT) != signal.SIG_IGN
 
 
 def test_a_killed_process_is_told_of() -> None:

@@ -19,7 +19,7 @@ from cacp.recipe import Recipe
 from cacp.schedules import learning_rate
 from cacp.schema import Normalisation, UserError
 from cacp.steps import TrainingDiverged
-from cacp.training import EpochRecord, chosen_epoch, fit
+from cacp.training import EpochRecord, chosen_epoch, fit, images_per_second
 
 NORMALISATION = Normalisation((0.5,), (0.25,))
 RECIPE = Recipe(epochs=5, lr=0.05, batch_size=32, padding=1, flip=False, precision="fp32")
@@ -188,6 +188,11 @@ def test_chosen_epoch_breaks_ties_by_loss_then_by_time() -> None:
     assert chosen_epoch([record(1, 0.7, 1.0), record(2, 0.7, 0.9), record(3, 0.7, 0.9)]) == 2
     assert chosen_epoch([record(1, None, None), record(2, None, None)]) == 2
     assert chosen_epoch([]) == 0
+
+
+def test_images_per_second_are_those_of_all_epochs_together() -> None:
+    records = [EpochRecord(epoch, 0.1, 1.0, 0.5, None, None, 9.0, 1200 / epoch) for epoch in (1, 2, 3)]
+    assert images_per_second(records) == pytest.approx(3 * 1200 / (1 + 2 + 3))  # 1,200 images in 1, 2, 3 seconds
 
 
 # --- what goes wrong
