@@ -9,6 +9,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -51,7 +52,7 @@ def _line() -> list[str]:
     return ["python", *([sys.argv[0]] if module is None else ["-m", module.name]), *sys.argv[1:]]
 
 
-def _one_line(message: Warning | str, *_: object) -> str:
+def _one_line(message: Warning | str, category: Any, filename: str, lineno: int, line: str | None = None) -> str:
     """A warning without the line of code that gave it."""
     return f"warning: {message}\n"
 
