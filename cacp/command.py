@@ -22,7 +22,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 def run_command(main: Callable[[], None]) -> None:
     """Run an entry point: a mistake of the user's or a full disk ends in one message and exit status 2, Ctrl-C and
-    SIGTERM in the command that goes on and 128 + the signal's number.
+    SIGTERM in the command that goes on and 128 + the signal's number. Warnings are one line each.
 
     Of the processes that torchrun starts the first one runs it, the others train with it (`cacp.parallel`).
     """
