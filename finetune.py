@@ -25,7 +25,7 @@ from cacp.config import experiment_from, parse
 from cacp.data import Splits
 from cacp.dense import DenseModel, load_dense
 from cacp.environment import environment
-from cacp.evaluation import device_of, evaluate_data, resolve_precision
+from cacp.evaluation import device_of, dtype_name, evaluate_data, resolve_precision
 from cacp.experiment import Experiment
 from cacp.exporting import WEIGHTS, checksums, finished, load_architecture, save_pruned
 from cacp.locking import only_writer
@@ -189,7 +189,7 @@ def finish(
         ),
         "seconds": sum(record.seconds for record in records),
         "images_per_second": images_per_second(records),
-        "precision": str(resolve_precision(recipe.precision, device_of(dense.model))).removeprefix("torch."),
+        "precision": dtype_name(resolve_precision(recipe.precision, device_of(dense.model))),
         "sha256": checksums(folder),
         "recipe": asdict(recipe),
         "environment": environment(experiment.seed),

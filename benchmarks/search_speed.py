@@ -62,7 +62,6 @@ from benchmarks.speed_summary import (
     Measured,
     Observation,
     agreements,
-    dtype_name,
     floor_seconds,
     raw,
     show,
@@ -74,6 +73,7 @@ from cacp.checkpoint import save_json
 from cacp.command import run_command
 from cacp.config import experiment_from, parse
 from cacp.environment import environment
+from cacp.evaluation import dtype_name
 from cacp.profiling import Profile
 from cacp.reporting import ProgressLine
 from cacp.schema import Policy, UserError

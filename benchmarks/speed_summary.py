@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from scipy import stats
 
 from benchmarks.peers import Shape
+from cacp.evaluation import dtype_name
 from cacp.reporting import console, percent, table
 from cacp.schema import Cost, Policy
 
@@ -208,10 +208,6 @@ def raw(measured: Measured, plain: Sequence[float]) -> dict[str, Any]:
             for shape, rate in measured.rates.items()
         },
     }
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 # showing --------------------------------------------------------------------------------------------------------------

@@ -47,6 +47,11 @@ def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if supported else torch.float32
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """As results hold it: "bfloat16", "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
     """A context in which operators compute in this precision; float32 leaves them as they are."""
     return torch.autocast(device.type, precision, enabled=precision != torch.float32)

@@ -158,9 +158,9 @@ def test_what_the_networks_add_follows_from_its_cells() -> None:
 def test_the_first_table_is_of_the_same_means() -> None:
     found = load_json(RESULTS / "search_quality.json")["models"]["resnet56"]["top1"]
     *rows, last = rows_under("ResNet-56 on CIFAR-10")
-    cells = load_json(RESULTS / "recovery.json")["cells"]
+    trained = load_json(RESULTS / "recovery.json")["cells"]
     dense, half, third = (
-        f"{100 * mean(cell['after']['top1'] for cell in cells if (cell['model'], cell['target']) == kind):.2f}"
+        f"{100 * mean(cell['after']['top1'] for cell in trained if (cell['model'], cell['target']) == kind):.2f}"
         for kind in (("dense", 1.0), ("ours", 0.5), ("ours", 0.3))
     )
     assert last[1:] == ["", half, third] and f"(the dense model after them: {dense})" in last[0]

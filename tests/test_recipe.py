@@ -132,17 +132,18 @@ def test_a_square_is_erased_anywhere() -> None:
     assert torch.equal(augment(images, torch.Generator().manual_seed(0), 0, False), images)
 
 
-@pytest.mark.parametrize(("config", "augmentation"), [("cifar10", (4, True)), ("digits", (3, False))])
-def test_the_papers_fine_tuning_is_the_flags_that_the_readme_names(config: str, augmentation: tuple[int, bool]) -> None:
+@pytest.mark.parametrize(("config", "epochs", "padding", "flip"), [("cifar10", 400, 4, True), ("digits", 20, 3, False)])
+def test_the_papers_fine_tuning_is_the_flags_that_the_readme_names(
+    config: str, epochs: int, padding: int, flip: bool
+) -> None:
     words = ["--config", f"configs/{config}_resnet56.yaml"]
     default = finetuning_recipe(experiment_from(parse("pretrain", "", words)))
-    assert (default.lr, default.schedule, default.distillation) == (None, "cosine", 0.9)
+    assert (default.epochs, default.lr, default.schedule, default.distillation) == (epochs, None, "cosine", 0.9)
     (flags,) = re.findall(r"The paper's recipe:\n`([^`]*)`", (ROOT / "README.md").read_text())
     words += flags.replace("--epochs", "--finetune_epochs").split()  # as finetune.py calls them
     paper = finetuning_recipe(experiment_from(parse("pretrain", "", words)))
-    padding, flip = augmentation  # of the data set: the paper has none but CIFAR
     expected = Recipe(400, 0.1, 0.9, weight_decay=1e-4, batch_size=256, schedule="paper", precision="fp32")
-    assert paper == replace(expected, padding=padding, flip=flip)
+    assert paper == replace(expected, padding=padding, flip=flip)  # these are the data set's
 
 
 def test_a_distillation_beyond_all_of_the_loss_is_refused() -> None:
