@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import assert_equal_weights, bars, snapshot, tiny_cnn
 from running import ROOT
+from torch import nn
 
 from cacp.config import experiment_from, parse
 from cacp.data import augment
@@ -74,6 +75,17 @@ def test_the_average_of_weights_is_exponential_and_has_the_statistics_too() -> N
         torch.testing.assert_close(found[name].double(), expected[name])
 
 
+def test_integers_are_not_averaged() -> None:
+    model = nn.Sequential(nn.Linear(1, 1))
+    indices = torch.arange(2048)  # as those of the channels that a shortcut passes on
+    model.register_buffer("indices", indices.clone())
+    average = moving_average(model, Recipe(1, ema_decay=0.9))
+    assert average is not None
+    for _ in range(5):
+        average.update_parameters(model)
+    assert torch.equal(average.module.indices, indices)
+
+
 def test_the_average_is_what_is_judged_and_left() -> None:
     recipe = Recipe(epochs=1, lr=0.05, batch_size=16, ema_decay=0.5, padding=0, flip=False, precision="fp32")
     model, validation = tiny_cnn(), bars(60, seed=1)
@@ -98,6 +110,21 @@ def test_a_teacher_is_learnt_from_and_left_as_it_is() -> None:
     assert records[-1].train_loss < 0.1 * records[0].train_loss
     assert_equal_weights(snapshot(teacher), before)
     assert teacher.training
+
+
+@pytest.mark.gpu
+def test_a_broken_off_fit_with_everything_goes_on_on_a_gpu(tmp_path: Path) -> None:
+    """To rounding: not all of its sums are in a fixed order."""
+    data, teacher = (bars(100), bars(60, seed=1), NORMALISATION, EVERYTHING, 3), tiny_cnn(dropout=0.5).cuda()
+    whole, resumed = tiny_cnn().cuda(), tiny_cnn().cuda()
+    list(fit(whole, *data, teacher=teacher))
+    broken = fit(tiny_cnn().cuda(), *data, checkpoint_dir=tmp_path, teacher=teacher)
+    for _ in range(3):
+        next(broken)
+    broken.close()
+    assert [record.epoch for record in fit(resumed, *data, checkpoint_dir=tmp_path, teacher=teacher)] == [1, 2, 3, 4]
+    for name, tensor in snapshot(whole).items():
+        torch.testing.assert_close(resumed.state_dict()[name], tensor, rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("broken_off_after", [1, 3])
