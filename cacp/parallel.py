@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from cacp.batchnorm import update_running_statistics, wide_batch_norms
 from cacp.schema import UserError
 
-_training = False  # within `as_one`
+_training = False  # within `as_one`, where the others are too
 _PATIENCE = timedelta(days=7)  # the others wait while the first one scores and writes
 
 
@@ -128,7 +128,10 @@ def summed(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def as_one(model: nn.Module) -> Iterator[nn.Module]:
-    """A model to train with: its gradients are means over the processes, its batch norms see the whole batch."""
+    """A model to train with: its gradients are means over the processes, its batch norms see the whole batch.
+
+    A UserError in here must be one that all processes raise alike.
+    """
     global _training
     if processes() == 1:
         with wide_batch_norms(model):
@@ -142,6 +145,9 @@ def as_one(model: nn.Module) -> Iterator[nn.Module]:
         _training = True
         yield DistributedDataParallel(model, device_ids=device)
         _training = False
+    except UserError:  # the others have left as well, and wait to be told that this is the end
+        _training = False
+        raise
     finally:
         for norm in norms:
             del norm.forward

@@ -21,12 +21,13 @@ from cacp.schema import UserError
 from finetune import check_machine
 
 
-def torchrun(*arguments: object) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+def torchrun(*arguments: object, modules: Path = ROOT, fails: bool = False) -> str:
+    """Two processes of a command that finds modules of the user's own in a folder; its output, or its error text."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "PYTHONPATH": str(modules)}
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *map(str, arguments)]
     process = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-    assert process.returncode == 0, process.stdout + process.stderr
-    return process.stdout
+    assert (process.returncode != 0) == fails, process.stdout + process.stderr
+    return process.stderr if fails else process.stdout
 
 
 def test_training_and_methods_that_train(tmp_path: Path) -> None:
@@ -60,6 +61,26 @@ def test_a_process_without_a_gpu_of_its_own_is_refused_by_all(monkeypatch: pytes
         pass
 
 
+IDLE = """
+import torch
+from torch import nn
+
+def network(classes):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                          nn.Linear(8, classes))
+    model.spare = nn.Parameter(torch.zeros(1))
+    return model
+"""
+
+
+def test_what_all_processes_refuse_the_first_one_alone_tells(tmp_path: Path) -> None:
+    (tmp_path / "idle.py").write_text(IDLE)
+    words = ("pretrain.py", *TINY, "--model=idle:network", "--output", tmp_path / "run")
+    error = torchrun(*words, modules=tmp_path, fails=True)
+    assert error.count("every parameter must take part in the loss, but spare do not; set their requires_grad") == 1
+    assert "[rank1]" not in error
+
+
 @pytest.mark.slow
 def test_commands_under_torchrun(tmp_path: Path) -> None:
     single, several = tmp_path / "one", tmp_path / "two"
@@ -77,8 +98,4 @@ def test_commands_under_torchrun(tmp_path: Path) -> None:
     torchrun("finetune.py", several)
     result = load_json(several / "finetune" / "macs-0.50" / "result.json")
     assert result["test_top1"]["after"] > 0.4  # of ten classes, after one epoch
-    error = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "finetune.py", "nowhere"],
-        cwd=ROOT, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
-    assert error.returncode != 0 and error.stderr.count("nowhere holds no run") == 1
+    assert torchrun("finetune.py", "nowhere", fails=True).count("nowhere holds no run") == 1
