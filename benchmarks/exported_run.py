@@ -48,7 +48,7 @@ def finetune(
 
 class Remembering(nn.Module):
     """A model that keeps its float32 answers to every batch in a file, for itself and for other processes; the file may
-    hold those of other models too.
+    hold those of other models, and in other precisions, too.
     """
 
     def __init__(self, model: nn.Module, path: Path) -> None:
@@ -64,6 +64,8 @@ class Remembering(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, classes)."""
         asked = self._identity.copy()
+        kind = images.device.type
+        asked.update(str(torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)).encode())
         asked.update(_bytes(images))
         key = asked.digest()
         known = self._answers.execute("SELECT logits FROM answers WHERE batch = ?", (key,)).fetchone()

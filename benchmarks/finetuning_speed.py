@@ -41,7 +41,7 @@ from cacp.checkpoint import save_json
 from cacp.command import run_command
 from cacp.data import ImageData
 from cacp.environment import environment
-from cacp.evaluation import device_of, resolve_precision, synchroniser
+from cacp.evaluation import device_of, dtype_name, resolve_precision, synchroniser
 from cacp.pipeline import finetuning_recipe, load_exported
 from cacp.recipe import Recipe
 from cacp.schema import Normalisation
@@ -87,7 +87,7 @@ def main() -> None:
         "images": len(subject.images),
         "policy": arguments.policy,
         "batch_size": subject.recipe.batch_size,
-        "precision": str(resolve_precision(subject.recipe.precision, device_of(subject.dense))),
+        "precision": dtype_name(resolve_precision(subject.recipe.precision, device_of(subject.dense))),
         "rounds": arguments.rounds,
         "environment": environment(0),
     }

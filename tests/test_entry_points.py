@@ -80,6 +80,12 @@ def test_result_says_dense_before_after_and_which_epoch(finished: Path) -> None:
     assert result["recipe"]["lr"] == pytest.approx(0.1 * math.sqrt(math.ceil(1238 / 64) / 2000))
     assert result["chosen_because"].startswith("best validation top-1")
     assert result["precision"] == str(resolve_precision("auto", torch.device("cpu"))).removeprefix("torch.")
+    with (finished / "finetune" / "macs-0.50" / "epochs.csv").open(newline="") as file:
+        (epoch,) = csv.DictReader(file)
+    assert [result[key] for key in ("seconds", "images_per_second")] == pytest.approx(
+        [float(epoch[key]) for key in ("seconds", "images_per_second")], rel=1e-3
+    )
+    assert result["seconds"] * result["images_per_second"] >= 1238
 
 
 def test_finetuned_model_loads_by_the_folder_alone(finished: Path) -> None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import finetuning_speed, recipes, recovery
 from benchmarks.exported_run import finetune, load_run
 from cacp.checkpoint import load_json, save_json
 from cacp.data import load_dataset
+from cacp.evaluation import resolve_precision
 from cacp.pipeline import load_exported
 from cacp.recipe import Recipe
 from cacp.schema import UserError
@@ -93,7 +96,8 @@ def test_what_the_dense_model_said_is_kept_for_other_models(finished: Path, tmp_
 
     def losses(name: str, answers: Path | None) -> list[tuple[float, float]]:
         model = load_exported(experiment, finished / "export" / name)
-        records = finetune(model, recipe, 0, splits, dense, tmp_path / f"{name}_{answers is None}", answers)
+        checkpoint = tmp_path / f"{name}_{answers is None}_{recipe.precision}"
+        records = finetune(model, recipe, 0, splits, dense, checkpoint, answers)
         return [(record.train_loss, record.train_top1) for record in records]
 
     calls, path = 2 * recipe.steps(len(splits.train)), tmp_path / "answers.sqlite"
@@ -103,6 +107,10 @@ def test_what_the_dense_model_said_is_kept_for_other_models(finished: Path, tmp_
     assert len(asked) == calls and other != told
     assert losses("macs-0.50", None) == told and losses("macs-0.30", None) == other
     assert len(asked) == 3 * calls
+    if resolve_precision("auto", torch.device("cpu")) != torch.float32:
+        recipe = replace(recipe, precision="fp32")
+        exact = losses("macs-0.50", path)
+        assert len(asked) == 4 * calls and exact != told
 
 
 def test_speed_is_of_the_same_images_for_all(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +133,7 @@ def test_speed_is_of_the_same_images_for_all(finished: Path, tmp_path: Path, mon
         )
     assert list(result["times_as_fast"]) == ["ours", "ours, distilled"]
     assert (result["images"], result["batch_size"]) == (300, 64)
-    assert result["precision"] in ("torch.bfloat16", "torch.float32")
+    assert result["precision"] in ("bfloat16", "float32")
 
 
 @pytest.mark.slow
