@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # All that is measured on a GPU, on a machine that has only torch and torchvision: bash benchmarks/gpu.sh [RESULTS]
 # Needs the folder travel/ that benchmarks/pack.sh makes. Writes RESULTS (default: results/gpu): the GPU tests, a complete
-# search of 900 episodes over three targets, the speed of scoring and of fine-tuning, the growth of a search's cost, and what
-# fine-tuning recovers at macs 0.5 and 0.3: 40 epochs of every model, at last 400 of the found, the uniform and the dense
-# one. What is there already is skipped, and a training that was broken off goes on after its last epoch: a second call
+# search of 900 episodes over three targets, the speed of fine-tuning, what it recovers at macs 0.5 and 0.3 (40 epochs of
+# every model, then 400 of the found, the uniform and the dense one), the speed of scoring, the growth of a search's cost.
+# What is there already is skipped, and a training that was broken off goes on after its last epoch: a second call
 # continues the first where RESULTS lies as that has left it. POLICIES, EPISODES, SHORT_EPOCHS and EPOCHS make it smaller.
 # RESULTS/run is the search; `python3 finetune.py RESULTS/run` trains all it found.
 set -euo pipefail
@@ -51,9 +51,6 @@ else
     step whole_search python3 -m benchmarks.whole_search --result "$results/whole_search.json" "${settings[@]}" \
         --output "$results/run"
 fi
-step search_speed python3 -m benchmarks.search_speed --result "$results/search_speed.json" "${settings[@]}" \
-    --policies "${POLICIES:-100}"
-step scaling python3 -m benchmarks.scaling --result "$results/scaling.json" --figure "$results/scaling.svg"
 if [ -d "$results/run/policies" ]; then
     attempt python3 export.py "$results/run"
     step finetuning_speed python3 -m benchmarks.finetuning_speed "$results/run" --images 40000 --at_once 4 --compiled \
@@ -66,4 +63,7 @@ if [ -d "$results/run/policies" ]; then
     step recovery "${recovery[@]}" --models ours uniform dense --epochs "${EPOCHS:-400}" --work "$results/recovery" \
         --result "$results/recovery.json"
 fi
+step search_speed python3 -m benchmarks.search_speed --result "$results/search_speed.json" "${settings[@]}" \
+    --policies "${POLICIES:-100}"
+step scaling python3 -m benchmarks.scaling --result "$results/scaling.json" --figure "$results/scaling.svg"
 exit "$failed"
