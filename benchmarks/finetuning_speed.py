@@ -5,11 +5,12 @@
 
 All train the same exported model of RUN, in mini-batches of the run's size, one pass over the same images a round.
 
-- ours, distilled: taught by the dense model, as finetune.py does unless told otherwise; the others are not.
+- ours, distilled: taught by the dense model, as finetune.py does unless told otherwise.
 - ours, N at once: in N processes, each a model of its own; images a second of all together, by the clock.
 - ours, compiled: a second pass, by torch.compile, which takes minutes in the first; with --compiled.
 - plain: what most tutorials have: torchvision's transforms image by image in a DataLoader, fp32, SGD.
 - plain, in this process: the same with num_workers=0; whichever is faster is the plain loop.
+- plain, taught: the plain loop that asks the dense model too, and learns as `ours, distilled` does.
 - torchvision: its reference recipe for classification (TrivialAugment, random erasing, MixUp or CutMix, label
   smoothing, an average of the weights every 32 steps, loss and accuracy read in every step), in crops of this size.
 """
@@ -76,6 +77,7 @@ def main() -> None:
             f"{DISTILLED}, {count} at once": lambda: at_once(pool, count, place),
             "plain": lambda: plain(subject, WORKERS),
             "plain, in this process": lambda: plain(subject, 0),
+            "plain, taught": lambda: plain(subject, WORKERS, taught=True),
             "torchvision": lambda: reference(subject, WORKERS),
         }
         if arguments.compiled:
@@ -156,8 +158,8 @@ def _one_of_several(place: tuple[Path, str, int], changes: dict[str, Any]) -> in
     return len(subject.images)
 
 
-def plain(subject: Subject, workers: int) -> float:
-    model, images, normalisation, recipe, _ = _copied(subject)
+def plain(subject: Subject, workers: int, taught: bool = False) -> float:
+    model, images, normalisation, recipe, dense = _copied(subject)
     steps = [transforms.RandomCrop(images.image_shape[1:], padding=recipe.padding), transforms.RandomHorizontalFlip()]
     steps += [transforms.ToTensor(), transforms.Normalize(*normalisation)]
     loader = _loader(images, transforms.Compose(steps), recipe, workers)
@@ -167,8 +169,14 @@ def plain(subject: Subject, workers: int) -> float:
     criterion, device = nn.CrossEntropyLoss(), next(model.parameters()).device
 
     def train() -> None:
-        for batch, labels in loader:
-            loss = criterion(model(batch.to(device)), labels.to(device))
+        for batch, targets in loader:
+            inputs, labels = batch.to(device), targets.to(device)
+            if taught:
+                with torch.no_grad():
+                    answers = dense(inputs)
+                loss = recipe.loss(model(inputs), labels, answers)
+            else:
+                loss = criterion(model(inputs), labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

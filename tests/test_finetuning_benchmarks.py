@@ -125,6 +125,7 @@ def test_speed_is_of_the_same_images_for_all(finished: Path, tmp_path: Path, mon
         "ours, distilled, 2 at once",
         "plain",
         "plain, in this process",
+        "plain, taught",
         "torchvision",
     ]
     for ours, ratios in result["times_as_fast"].items():
