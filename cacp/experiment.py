@@ -143,7 +143,7 @@ class Experiment:
         0.9, FINETUNE, "part of the loss that compares with the dense model's outputs, from 0 (none) to 1"
     )
     finetune_at_once: int = _setting(
-        1, FINETUNE, "models that train side by side, in processes that share the CPU's cores or the GPU"
+        1, FINETUNE, "models that train side by side, in processes that share the CPU's cores and the GPUs"
     )
 
     def __post_init__(self) -> None:

@@ -40,6 +40,7 @@ from cacp.recipe import Recipe
 from cacp.reporting import console, show_latency_table
 from cacp.schema import ChannelGroups, Normalisation, Policy, Score, UserError
 from cacp.scoring import CALIBRATION_BATCH, PolicyScorer
+from cacp.side_by_side import beside, place
 from cacp.slicing import counts_policy
 from cacp.timing import measure_table, stored_table
 
@@ -111,14 +112,14 @@ def _refuse_differences(experiment: Experiment, stages: list[str]) -> None:
 
 
 def select_device(name: str) -> torch.device:
-    """The device of `--device`: auto takes the GPU where there is one.
+    """The device of `--device`: auto takes the GPU where there is one. Processes side by side share the GPUs out.
 
     Raises:
         UserError: for an unknown name, a GPU that is not there, or one for all processes of torchrun.
     """
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32: scores are compared to half a point
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return select_device("cuda" if torch.cuda.is_available() else "cpu")
     kind, _, index = name.partition(":")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise UserError(f"device must be auto, cpu, cuda or cuda:N, but got {name!r}")
@@ -127,7 +128,7 @@ def select_device(name: str) -> torch.device:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if kind == "cuda" and int(index or 0) >= count:
         raise UserError(f"device {name} is not there: torch sees {count} CUDA devices; use --device cpu or auto")
-    return torch.device(name)
+    return torch.device("cuda", place() % count) if name == "cuda" and beside() > 1 else torch.device(name)
 
 
 def load_splits(experiment: Experiment) -> Splits:

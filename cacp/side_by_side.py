@@ -11,17 +11,23 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
+from multiprocessing.queues import SimpleQueue
 
 import torch
 
 from cacp.schema import UserError
 
-_count = 1
+_count, _place = 1, 0
 
 
 def beside() -> int:
     """How many processes work side by side, this one included; 1 elsewhere."""
     return _count
+
+
+def place() -> int:
+    """The number of this one among them, from 0; 0 elsewhere."""
+    return _place
 
 
 @contextmanager
@@ -34,7 +40,11 @@ def side_by_side(count: int) -> Iterator[Executor]:
     """
     context = get_context("spawn")  # a forked process could not use the GPU
     ending, held = context.Pipe(duplex=False)
-    pool = ProcessPoolExecutor(count, context, _begin, (ending, count, max(1, torch.get_num_threads() // count)))
+    places = context.SimpleQueue()
+    for number in range(count):
+        places.put(number)
+    threads = max(1, torch.get_num_threads() // count)
+    pool = ProcessPoolExecutor(count, context, _begin, (ending, places, count, threads))
     try:
         _start(pool, count)
         yield pool
@@ -59,9 +69,9 @@ def _start(pool: Executor, count: int) -> None:
         signal.signal(signal.SIGINT, former)
 
 
-def _begin(ending: Connection, count: int, threads: int) -> None:
-    global _count
-    _count = count
+def _begin(ending: Connection, places: SimpleQueue[int], count: int, threads: int) -> None:
+    global _count, _place
+    _count, _place = count, places.get()
     threading.Thread(target=_end_with, args=(ending,), daemon=True).start()
     torch.set_num_threads(threads)
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 from running import ROOT
 
+from cacp.pipeline import select_device
 from cacp.schema import UserError
-from cacp.side_by_side import side_by_side
+from cacp.side_by_side import place, side_by_side
 
 FIRST_PROCESS = """
 import sys
@@ -38,11 +39,11 @@ def threads() -> int:
 
 
 def who_hears_ctrl_c(folder: Path, count: int) -> tuple[int, bool]:
-    """This process, and whether it would end with Ctrl-C; answers once `count` processes are asked."""
+    """This process's place, and whether it would end with Ctrl-C; answers once `count` processes are asked."""
     (folder / str(os.getpid())).touch()
     while len(list(folder.iterdir())) < count:
         time.sleep(0.01)
-    return os.getpid(), signal.getsignal(signal.SIGINT) != signal.SIG_IGN
+    return place(), signal.getsignal(signal.SIGINT) != signal.SIG_IGN
 
 
 def refuse() -> None:
@@ -78,16 +79,26 @@ def test_threads_are_shared_and_errors_come_back() -> None:
         torch.set_num_threads(1)
 
 
-def test_ctrl_c_is_for_the_first_process_alone(tmp_path: Path) -> None:
+def test_each_has_a_place_and_ctrl_c_is_for_the_first_process_alone(tmp_path: Path) -> None:
     former = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job may be deaf from its start
     try:
         with side_by_side(3) as pool:
             asked = [pool.submit(who_hears_ctrl_c, tmp_path, 3) for _ in range(3)]
-            answers = dict(one.result(timeout=900) for one in asked)
+            answers = sorted(one.result(timeout=900) for one in asked)
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, former)
-    assert list(answers.values()) == [False] * 3
+    assert answers == [(0, False), (1, False), (2, False)]
+
+
+def test_processes_side_by_side_share_the_gpus_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [str(select_device(name)) for name in ("auto", "cuda", "cuda:1", "cpu")] == ["cuda", "cuda", "cuda:1", "cpu"]
+    monkeypatch.setattr("cacp.side_by_side._count", 3)
+    for number, gpu in enumerate(("cuda:0", "cuda:1", "cuda:0")):
+        monkeypatch.setattr("cacp.side_by_side._place", number)
+        assert [str(select_device(name)) for name in ("auto", "cuda", "cuda:1", "cpu")] == [gpu, gpu, "cuda:1", "cpu"]
 
 
 def test_a_killed_process_is_told_of() -> None:
