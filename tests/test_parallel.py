@@ -1,4 +1,4 @@
-"""Two processes give one process's result at the same total batch, to rounding (gloo on the CPU)."""
+"""Two processes give one process's result at the same total batch, to rounding (gloo on the CPU), broken off or not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run by torchrun, or alone: train in double precision and save what comes out.
+"""Run by torchrun, or alone: train in double precision and save what comes out. Several processes break off once.
 
 torchrun --standalone --nproc_per_node 2 tests/trained_in_parallel.py OUTPUT
 """
@@ -20,7 +20,7 @@ from cacp.methods import Subject, Training
 from cacp.methods.caie import CAIE
 from cacp.methods.sfp import SFP
 from cacp.models import build_model
-from cacp.parallel import following_processes
+from cacp.parallel import following_processes, processes
 from cacp.recipe import Recipe
 from cacp.schema import Budget
 from cacp.training import fit
@@ -37,11 +37,16 @@ def results(folder: Path) -> dict[str, Tensor]:
     data = digits.subset(torch.arange(3 * BATCH - 1))
     normalisation = channel_statistics(data)
     recipe = Recipe(epochs=2, lr=0.02, batch_size=BATCH, schedule="step", precision="fp32")
-    model, teacher = (build_model("resnet20", 10, seed).double() for seed in (0, 1))
-    for network in (model, teacher):
+    model, broken_off, teacher = (build_model("resnet20", 10, seed).double() for seed in (0, 0, 1))
+    for network in (model, broken_off, teacher):
         network.register_forward_pre_hook(in_double)
-    taught = replace(recipe, distillation=0.5)
-    records = list(fit(model, data, data, normalisation, taught, 1, folder / "fit", teacher=teacher))
+    taught = replace(recipe, distillation=0.5, ema_decay=0.7)
+    fitting = (data, data, normalisation, taught, 1, folder / "fit")
+    if processes() > 1:
+        begun = fit(broken_off, *fitting, teacher=teacher)
+        next(begun)
+        begun.close()
+    records = list(fit(model, *fitting, teacher=teacher))
     found = {f"fit {name}": tensor for name, tensor in model.state_dict().items()}
     found["fit losses"] = torch.tensor([[record.train_loss, record.train_top1] for record in records])
 
