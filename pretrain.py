@@ -18,7 +18,7 @@ from cacp.dense import import_weights, save_dense
 from cacp.experiment import Experiment
 from cacp.models import build_model
 from cacp.pipeline import check_targets, load_inputs, open_run, select_device, training_recipe
-from cacp.reporting import console, percent, track_training
+from cacp.reporting import console, percent, track_training, validation_images
 from cacp.training import chosen_epoch, fit
 
 
@@ -34,10 +34,13 @@ def main() -> None:
                 train_dense(experiment, splits, device)
             else:
                 import_weights(experiment, splits, device)
-    result = load_json(folder / "result.json", {"model": str, "validation_top1": float, "validation_images": int})
+    result = load_json(
+        folder / "result.json",
+        {"model": str, "validation_top1": float, "validation_images": int, "validation_unseen": bool},
+    )
     console.print(
         f"dense {result['model']}: {percent(result['validation_top1'])} % top-1 on {result['validation_images']} "
-        f"validation images, in {folder}"
+        f"{validation_images(result['validation_unseen'])}, in {folder}"
     )
 
 

@@ -24,7 +24,7 @@ from cacp.experiment import Experiment
 from cacp.methods import Pruned, Subject, Training, make_method
 from cacp.pipeline import Workbench, build_workbench, open_run, select_device, training_recipe
 from cacp.policies import has_policies, load_policies, missing_policies, save_policy
-from cacp.reporting import ProgressLine, console, percent, show_policies, table, track_training
+from cacp.reporting import ProgressLine, console, percent, show_dense, show_policies, table, track_training
 from cacp.schema import Budget, Policy, PolicyRecord, Score, UserError
 from cacp.scoring import PolicyScorer
 from cacp.sweep import SweepRow, load_sweep, save_sweep
@@ -100,7 +100,7 @@ def run_unstructured(experiment: Experiment) -> None:
 def opened(experiment: Experiment) -> Workbench:
     """The workbench, and a line about the dense model."""
     bench = build_workbench(experiment)
-    console.print(f"dense {experiment.model}: {percent(bench.dense.validation_top1)} % top-1 on the validation images")
+    show_dense(experiment.model, bench.dense.validation_top1, bench.dense.validation_unseen)
     return bench
 
 

@@ -25,7 +25,7 @@ from cacp.profiling import Profile
 from cacp.records import play, resume, write_tradeoff
 from cacp.reporting import (
     console,
-    percent,
+    show_dense,
     show_policies,
     show_profile,
     show_reachable,
@@ -79,7 +79,7 @@ def run(experiment: Experiment, profile: Profile) -> None:
 def search(experiment: Experiment, ranked: Ranked, budgets: list[Budget], profile: Profile) -> None:
     """Play the episodes, then write the best policy of every target."""
     bench, folder = ranked.bench, experiment.folder / "search"
-    console.print(f"dense {experiment.model}: {percent(bench.dense.validation_top1)} % top-1 on the validation images")
+    show_dense(experiment.model, bench.dense.validation_top1, bench.dense.validation_unseen)
     show_reachable(bench.groups, bench.cost_model, budgets)
     env = ChannelPruningEnv(bench.groups, ranked.score, log_odds_reward, env_targets(experiment))
     targets = [budget.mean_target for budget in budgets]

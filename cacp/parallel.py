@@ -51,7 +51,7 @@ def following_processes() -> Iterator[bool]:
     until the first one leaves, and then get False.
 
     Raises:
-        UserError: for more processes than GPUs.
+        UserError: for more processes than GPUs, or where one of the others was killed.
     """
     if launched() == 1:
         yield True
@@ -77,6 +77,13 @@ def following_processes() -> Iterator[bool]:
                 held = held if data is None else data
                 function(payload, held)
             yield False
+    except RuntimeError as error:
+        if "closed by peer" not in str(error) and "reset by peer" not in str(error):
+            raise
+        raise UserError(
+            "a process that trained with this one was killed, perhaps for want of memory; what is done is kept, and "
+            "the same command goes on"
+        ) from error
     finally:
         dist.destroy_process_group()
 

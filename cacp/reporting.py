@@ -184,6 +184,16 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
     return Group(Text(title, style="italic"), result)
 
 
+def show_dense(model: str, validation_top1: float, unseen: bool) -> None:
+    """What a dense model reaches."""
+    console.print(f"dense {model}: {percent(validation_top1)} % top-1 on the {validation_images(unseen)}")
+
+
+def validation_images(unseen: bool) -> str:
+    """What they are called beside a dense model, whose weights are known never to have seen them, or are not."""
+    return "validation images" if unseen else "validation images, which its weights may have seen"
+
+
 def show_reachable(groups: ChannelGroups, cost_model: CostModel, budgets: Sequence[Budget]) -> None:
     """A table of what can be reached, before the first episode; a budget that can't be is refused."""
     for budget in budgets:

@@ -10,15 +10,19 @@ from cacp.schema import UserError
 NAMED = ("constant", "paper", "step", "cosine")
 SCHEDULE_HELP = (
     "constant, paper (x0.1 every 20 epochs), step (x0.1 at half and three quarters), cosine, or drops like "
-    "x0.2@60,120,160/200 (times 0.2 at these of 200 epochs, in proportion for another length)"
+    "x0.2@60,120,160/200 (times 0.2, any factor below 1, at these of 200 epochs, in proportion for another length)"
 )
 WARMUP_FRACTION = 0.05  # of the whole length, "cosine" only
 _DROPS = re.compile(r"x(\d+\.?\d*|\.\d+)@(\d+(?:,\d+)*)/([1-9]\d*)")
 
 
 def is_schedule(name: str) -> bool:
-    """Whether a name is one of NAMED or describes drops."""
-    return name in NAMED or bool(_DROPS.fullmatch(name))
+    """Whether a name is one of NAMED or describes drops, within their length."""
+    drops = _DROPS.fullmatch(name)
+    if drops is None:
+        return name in NAMED
+    places = [int(place) for place in drops[2].split(",")]
+    return 0 < float(drops[1]) < 1 and min(places) > 0 and max(places) < int(drops[3])
 
 
 def learning_rate(schedule: str, base_lr: float, epoch: float, epochs: int) -> float:

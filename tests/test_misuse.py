@@ -200,7 +200,11 @@ def test_other_images_than_the_dense_model_was_made_with_are_refused(
     shutil.rmtree(copy / "export")
     assert "are not those that" in call("export", copy, status=2)
     other_split = tmp_path / "other"
-    call("pretrain", *TINY, f"--weights={finished}", "--seed=1", "--output", other_split)
+    words = (*TINY, f"--weights={finished}", "--output", other_split)
+    assert "validation images, which its weights may have seen, in" in " ".join(
+        call("pretrain", *words, "--seed=1").split()
+    )
+    assert "validation images, in" in call("pretrain", *TINY, "--output", finished)
     assert json.loads((other_split / "dense" / "result.json").read_text())["validation_unseen"] is False
 
 

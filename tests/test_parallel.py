@@ -81,6 +81,31 @@ def test_what_all_processes_refuse_the_first_one_alone_tells(tmp_path: Path) -> 
     assert "[rank1]" not in error
 
 
+KILLED = """
+import os
+import signal
+from torch import nn
+
+class Killed(nn.Sequential):
+    def forward(self, images):
+        if os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(images)
+
+def network(classes):
+    return Killed(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                  nn.Linear(8, classes))
+"""
+
+
+def test_the_first_process_tells_of_another_one_that_was_killed(tmp_path: Path) -> None:
+    (tmp_path / "killed.py").write_text(KILLED)
+    words = ("pretrain.py", *TINY, "--model=killed:network", "--output", tmp_path / "run")
+    error = torchrun(*words, modules=tmp_path, fails=True)
+    assert error.count("error: a process that trained with this one was killed, perhaps for want of memory;") == 1
+    assert "[rank0]" not in error
+
+
 @pytest.mark.slow
 def test_commands_under_torchrun(tmp_path: Path) -> None:
     single, several = tmp_path / "one", tmp_path / "two"

@@ -230,6 +230,8 @@ def test_the_speed_of_fine_tuning_is_the_measured_one() -> None:
     default = ratios["ours, distilled"]
     hundredths = [f"{default[name]['median']:.2f}" for name in ("plain", "plain, in this process")]
     assert f"the default, against the plain loop without: {hundredths[0]} and {hundredths[1]} times" in WORDS
+    exact, *rivals = (speeds[name]["median"] for name in ("ours, fp32", "plain", "plain, in this process"))
+    assert "ours in fp32 is {:.1f} and {:.1f} times as fast".format(*(exact / rival for rival in rivals)) in WORDS
     for one, two in (("ours", "ours, 2 at once"), ("ours, distilled", "ours, distilled, 2 at once")):
         assert f"two of them train {1 / ratios[one][two]['median']:.1f} times the images of one after another" in WORDS
 

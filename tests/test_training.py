@@ -16,7 +16,7 @@ from cacp.checkpoint import load_state, save_state
 from cacp.data import ImageData
 from cacp.evaluation import evaluate_data
 from cacp.recipe import Recipe
-from cacp.schedules import learning_rate
+from cacp.schedules import is_schedule, learning_rate
 from cacp.schema import Normalisation, UserError
 from cacp.steps import TrainingDiverged
 from cacp.training import EpochRecord, chosen_epoch, fit, images_per_second
@@ -88,6 +88,12 @@ def test_a_short_training_without_a_learning_rate_of_its_own_takes_a_smaller_one
 def test_an_unknown_schedule_is_named() -> None:
     with pytest.raises(UserError, match=r"step .*cosine, or drops like .* but got 'linear'"):
         learning_rate("linear", 0.1, 0, 10)
+
+
+@pytest.mark.parametrize("name", ["x0@1/2", "x3@1/2", "x0.1@0/2", "x0.1@20,500/400", "x0.1@400/400", "x0.1@1"])
+def test_drops_that_mean_nothing_are_refused(name: str) -> None:
+    assert is_schedule("x0.1@1/2") and is_schedule("x.2@60,120,160/200")
+    assert not is_schedule(name)
 
 
 def test_a_recipe_lists_every_wrong_value() -> None:
