@@ -73,10 +73,15 @@ def network(classes):
 """
 
 
+def error_in_training(folder: Path, source: str) -> str:
+    """What is told when a network of the user's own is trained."""
+    (folder / "own.py").write_text(source)
+    words = ("pretrain.py", *TINY, "--model=own:network", "--output", folder / "run")
+    return torchrun(*words, modules=folder, fails=True)
+
+
 def test_what_all_processes_refuse_the_first_one_alone_tells(tmp_path: Path) -> None:
-    (tmp_path / "idle.py").write_text(IDLE)
-    words = ("pretrain.py", *TINY, "--model=idle:network", "--output", tmp_path / "run")
-    error = torchrun(*words, modules=tmp_path, fails=True)
+    error = error_in_training(tmp_path, IDLE)
     assert error.count("every parameter must take part in the loss, but spare do not; set their requires_grad") == 1
     assert "[rank1]" not in error
 
@@ -99,9 +104,7 @@ def network(classes):
 
 
 def test_the_first_process_tells_of_another_one_that_was_killed(tmp_path: Path) -> None:
-    (tmp_path / "killed.py").write_text(KILLED)
-    words = ("pretrain.py", *TINY, "--model=killed:network", "--output", tmp_path / "run")
-    error = torchrun(*words, modules=tmp_path, fails=True)
+    error = error_in_training(tmp_path, KILLED)
     assert error.count("error: a process that trained with this one was killed, perhaps for want of memory;") == 1
     assert "[rank0]" not in error
 

@@ -6,12 +6,13 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 from conftest import assert_equal_weights, bars, snapshot, tiny_cnn
 from running import ROOT
-from torch import nn
+from torch import Tensor, nn
 
 from cacp.config import experiment_from, parse
 from cacp.data import augment
@@ -19,7 +20,7 @@ from cacp.evaluation import evaluate_data
 from cacp.pipeline import finetuning_recipe
 from cacp.recipe import Recipe, moving_average, sgd_optimizer
 from cacp.schema import Normalisation, UserError
-from cacp.training import fit
+from cacp.training import EpochRecord, fit
 
 NORMALISATION = Normalisation((0.5,), (0.25,))
 EVERYTHING = Recipe(
@@ -112,34 +113,38 @@ def test_a_teacher_is_learnt_from_and_left_as_it_is() -> None:
     assert teacher.training
 
 
+class Fitted(NamedTuple):
+    records: list[EpochRecord]
+    weights: dict[str, Tensor]
+
+
+def whole_and_resumed(folder: Path, broken_off_after: int, device: str) -> tuple[Fitted, Fitted]:
+    """Fits with everything: undisturbed, and broken off after so many epochs."""
+    data, teacher = (bars(100), bars(60, seed=1), NORMALISATION, EVERYTHING, 3), tiny_cnn(dropout=0.5).to(device)
+    whole, broken_off, resumed = (tiny_cnn().to(device) for _ in range(3))
+    expected = list(fit(whole, *data, teacher=teacher))
+    broken = fit(broken_off, *data, checkpoint_dir=folder, teacher=teacher)
+    for _ in range(broken_off_after):
+        next(broken)
+    broken.close()
+    records = list(fit(resumed, *data, checkpoint_dir=folder, teacher=teacher))
+    return Fitted(expected, snapshot(whole)), Fitted(records, snapshot(resumed))
+
+
 @pytest.mark.gpu
 def test_a_broken_off_fit_with_everything_goes_on_on_a_gpu(tmp_path: Path) -> None:
     """To rounding: not all of its sums are in a fixed order."""
-    data, teacher = (bars(100), bars(60, seed=1), NORMALISATION, EVERYTHING, 3), tiny_cnn(dropout=0.5).cuda()
-    whole, resumed = tiny_cnn().cuda(), tiny_cnn().cuda()
-    list(fit(whole, *data, teacher=teacher))
-    broken = fit(tiny_cnn().cuda(), *data, checkpoint_dir=tmp_path, teacher=teacher)
-    for _ in range(3):
-        next(broken)
-    broken.close()
-    assert [record.epoch for record in fit(resumed, *data, checkpoint_dir=tmp_path, teacher=teacher)] == [1, 2, 3, 4]
-    for name, tensor in snapshot(whole).items():
-        torch.testing.assert_close(resumed.state_dict()[name], tensor, rtol=1e-2, atol=1e-3)
+    whole, resumed = whole_and_resumed(tmp_path, 3, "cuda")
+    assert [record.epoch for record in resumed.records] == [1, 2, 3, 4]
+    for name, tensor in whole.weights.items():
+        torch.testing.assert_close(resumed.weights[name], tensor, rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("broken_off_after", [1, 3])
 def test_a_broken_off_fit_with_everything_resumes_bit_equal(tmp_path: Path, broken_off_after: int) -> None:
-    data = (bars(100), bars(60, seed=1), NORMALISATION, EVERYTHING, 3)
-    teacher = tiny_cnn(dropout=0.5)
-    whole, resumed = tiny_cnn(), tiny_cnn()
-    expected = list(fit(whole, *data, teacher=teacher))
-    broken = fit(tiny_cnn(), *data, checkpoint_dir=tmp_path, teacher=teacher)
-    for _ in range(broken_off_after):
-        next(broken)
-    broken.close()
-    records = list(fit(resumed, *data, checkpoint_dir=tmp_path, teacher=teacher))
-    assert [record[:6] for record in records] == [record[:6] for record in expected]  # all but times
-    assert_equal_weights(snapshot(resumed), snapshot(whole))
+    whole, resumed = whole_and_resumed(tmp_path, broken_off_after, "cpu")
+    assert [record[:6] for record in resumed.records] == [record[:6] for record in whole.records]  # all but times
+    assert_equal_weights(resumed.weights, whole.weights)
 
 
 def test_distillation_without_teacher_is_refused_and_the_other_way_round() -> None:
